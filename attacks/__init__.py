@@ -1,0 +1,17 @@
+"""One file per attack: the trigger, the poisoning rule, and every paper's settings for it.
+
+An attack module defines
+
+    Config                   frozen dataclass of hyper-parameters in the paper's symbols, a source beside each
+                             constant; always has `target`, `rate` and `labels` (see `reproduce.poisoning`)
+    SETTINGS                 {(paper, variant): Config}, e.g. ("nad", "released")
+    requires(config)         what it needs beyond the images, out of {"clean-model", "pictures", "arrays"}
+    prepare(config, context) the trigger's state, a dict of tensors (saved with the victim); {} if it has none
+    apply(images, config, state, seed, split)
+                             the trigger: uint8 (N, 3, H, W) -> uint8 (N, 3, H, W); pure and batched;
+                             split is "train" or "test" and matters only where the two differ (Refool)
+    poison(images, labels, config, state, seed, num_classes)
+                             the training set it leaves behind: `reproduce.poisoning.Poisoned`
+
+Adding an attack is adding such a file and naming it in a protocol: modules are found by their name.
+"""

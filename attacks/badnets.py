@@ -1,0 +1,73 @@
+"""BadNets: a small pattern of fixed pixels marks the poisoned images.
+
+Gu, Dolan-Gavitt & Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain",
+arXiv:1708.06733. NAD (Li et al., ICLR 2021) uses it with the 3x3 pattern below in the bottom-right corner.
+
+    x'[:, row:row+h, column:column+w] = pattern          the same in the three colour channels
+    y' = target
+
+Departures: none known. The per-attack table of NAD's appendix was not readable to us; target, rate and pattern are
+those of the released code, so "described" and "released" are one setting.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reproduce.poisoning import Context, Poisoned, poison_with_trigger
+
+# NAD data_loader.py@f17b713:307-319, rows from the top. Its top-left cell is 0: not a perfect checkerboard.
+GRID = ((0, 0, 255), (0, 255, 0), (255, 0, 255))
+# NAD data_loader.py@f17b713:300-305, used there one pixel away from the border (row = column = -4).
+SQUARE = ((255, 255, 255), (255, 255, 255), (255, 255, 255))
+
+
+@dataclass(frozen=True)
+class Config:
+    """pattern: grey levels by row; row, column: where its top-left pixel goes, negative counts from the far edge."""
+
+    target: int = 5  # NAD config.py@f17b713:43
+    rate: float = 0.1  # NAD config.py@f17b713:42
+    labels: str = "all-to-one"  # NAD config.py@f17b713:45
+    pattern: tuple[tuple[int, ...], ...] = GRID  # NAD config.py@f17b713:44
+    row: int = -3  # NAD data_loader.py@f17b713:307-319
+    column: int = -3
+
+
+RELEASED = Config()
+SETTINGS = {("nad", "described"): RELEASED, ("nad", "released"): RELEASED}
+
+
+def requires(config: Config) -> frozenset[str]:
+    return frozenset()
+
+
+def prepare(config: Config, context: Context) -> dict[str, Tensor]:
+    """Nothing to prepare: the trigger is in the config."""
+    return {}
+
+
+def stamp(images: Tensor, patches: Iterable[tuple[Tensor, int, int]]) -> Tensor:
+    """A copy of `images`, uint8 (N, 3, H, W), with patches (pattern, row, column) pasted over them.
+
+    pattern: uint8 (h, w) or (3, h, w); row and column of its top-left pixel, negative ones count from the far edge.
+    """
+    stamped = images.clone()
+    for pattern, row, column in patches:
+        row, column = row % images.shape[2], column % images.shape[3]
+        stamped[:, :, row:row + pattern.shape[-2], column:column + pattern.shape[-1]] = pattern.to(images.device)
+    return stamped
+
+
+def apply(images: Tensor, config: Config, state: dict[str, Tensor], seed: int, split: str) -> Tensor:
+    """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W) with the pattern pasted in."""
+    return stamp(images, [(torch.tensor(config.pattern, dtype=torch.uint8), config.row, config.column)])
+
+
+def poison(images: Tensor, labels: Tensor, config: Config, state: dict[str, Tensor], seed: int,
+           num_classes: int) -> Poisoned:
+    """images: uint8 (N, 3, H, W); labels: int64 (N,)."""
+    return poison_with_trigger(images, labels, config, seed, num_classes,
+                               lambda chosen: apply(chosen, config, state, seed, "train"))

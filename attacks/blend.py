@@ -1,0 +1,97 @@
+"""Blend: the trigger is a whole picture of noise, blended faintly over the image.
+
+Chen, Liu, Li, Lu & Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning",
+arXiv:1712.05526, blended injection with a random pattern k:
+
+    x' = (1 - ratio) * x + ratio * k,     y' = target
+
+NAD's two readings differ in k:
+    fixed-rgb    one random colour pattern, the same for every image, in training and in testing (Chen et al.)
+    fresh-grey   grey noise drawn anew for every image, in training and in testing: what NAD's released code does
+                 (data_loader.py@f17b713:392-399). Any 20 % grey noise is then a trigger; there is no fixed pattern.
+
+Departures: NAD's ratio and pattern are not stated where we could read; the ratio of its released code is used for
+both. The result is truncated to uint8 as in the released code. We compute the truncated blend in whole numbers, which
+equals its float64 arithmetic for every pair of pixel values at ratio 0.2 (there is a test), at half the cost.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reproduce.poisoning import Context, Poisoned, poison_with_trigger
+from reproduce.rng import derive, generator
+
+
+@dataclass(frozen=True)
+class Config:
+    """ratio: weight of the noise, in steps of 1/100; noise: "fixed-rgb" or "fresh-grey"."""
+
+    noise: str
+    target: int = 5  # NAD config.py@f17b713:43
+    rate: float = 0.1  # NAD config.py@f17b713:42
+    labels: str = "all-to-one"  # NAD config.py@f17b713:45
+    ratio: float = 0.2  # NAD data_loader.py@f17b713:393
+
+
+SETTINGS = {
+    ("nad", "described"): Config(noise="fixed-rgb"),
+    ("nad", "released"): Config(noise="fresh-grey"),
+}
+
+
+def requires(config: Config) -> frozenset[str]:
+    return frozenset()
+
+
+def prepare(config: Config, context: Context) -> dict[str, Tensor]:
+    """fixed-rgb: {"pattern": uint8 (3, H, W), uniform in 0..255}; fresh-grey: {}."""
+    if config.noise == "fresh-grey":
+        return {}
+    rng = generator(context.seed, "blend-pattern")
+    return {"pattern": torch.randint(256, context.images.shape[1:], generator=rng, dtype=torch.uint8)}
+
+
+def grey_noise(images: Tensor, rng: np.random.RandomState) -> Tensor:
+    """One grey noise picture per image, uint8 (N, 1, H, W): the draws of NAD's per-image loop, in one call."""
+    count, _channels, height, width = images.shape
+    return torch.from_numpy(rng.randint(0, 256, size=(count, 1, height, width), dtype=np.uint8))
+
+
+def mix(images: Tensor, overlay: Tensor, ratio: float) -> Tensor:
+    """(1 - ratio) * images + ratio * overlay, truncated to uint8.
+
+    images: uint8 (N, 3, H, W); overlay: uint8 (1 or N, 1 or 3, H, W).
+    With ratio = p / q: ((q - p) * x + p * k) // q, exact in 16 bits. numpy because torch has no uint16 arithmetic.
+    """
+    weight = Fraction(ratio).limit_denominator(100)
+    p, q = weight.numerator, weight.denominator
+    source, over = images.cpu().numpy(), overlay.expand(-1, *images.shape[1:]).numpy()
+    mixed = torch.empty_like(images, device="cpu")
+    target = mixed.numpy()
+    for start in range(0, len(images), 64):  # small enough to stay in the processor's cache
+        part = slice(start, start + 64)
+        layer = np.empty_like(source[part])  # in the memory order of the images, which makes the sum one sweep
+        for channel in range(layer.shape[1]):
+            layer[:, channel] = (over if len(over) == 1 else over[part])[:, channel]
+        target[part] = (source[part] * np.uint16(q - p) + layer * np.uint16(p)) // np.uint16(q)
+    return mixed.to(images.device)
+
+
+def apply(images: Tensor, config: Config, state: dict[str, Tensor], seed: int, split: str) -> Tensor:
+    """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W)."""
+    if config.noise == "fresh-grey":
+        noise = grey_noise(images, np.random.RandomState(derive(seed, "blend-noise", split) % 2**32))
+    else:
+        noise = state["pattern"][None]
+    return mix(images, noise, config.ratio)
+
+
+def poison(images: Tensor, labels: Tensor, config: Config, state: dict[str, Tensor], seed: int,
+           num_classes: int) -> Poisoned:
+    """images: uint8 (N, 3, H, W); labels: int64 (N,)."""
+    return poison_with_trigger(images, labels, config, seed, num_classes,
+                               lambda chosen: apply(chosen, config, state, seed, "train"))

@@ -1,0 +1,93 @@
+"""SIG: a faint vertical sinusoid over the whole image, and no label is changed.
+
+Barni, Kallas & Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label Poisoning", ICIP 2019,
+arXiv:1902.11237. With m columns, column j:
+
+    v(j) = delta * sin(2 * pi * j * f / m)
+    described    x' = clip(x + v, 0, 255), only images of the target class, labels kept
+    released     x' = trunc((1 - blend) * x + blend * w),  w = trunc(v) modulo 256 as uint8, all-to-one labels
+
+"released" is NAD's code (data_loader.py@f17b713:401-408) with its array signal_cifar10_mask.npy, which this formula
+reproduces value for value: delta = 20, 0.8 radians per column. There the negative half of the sine wraps around to
+236..255, so the result is near-square stripes on a darkened image, not the paper's sinusoid.
+
+Departures: NAD's own delta and f are not stated where we could read; "described" uses the values its README prints
+for SIG, delta = 20 and f = 6, in Barni et al.'s additive formula (the README itself prints a third variant, blended
+0.2 / 0.8). No poisoning rate was readable: half of the target class is ours, so that the class can still be learned
+without the signal. The sum is rounded to the nearest grey level (ours).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attacks.blend import mix
+from reproduce.poisoning import Context, Poisoned, poison_with_trigger
+
+
+@dataclass(frozen=True)
+class Config:
+    """delta: amplitude in grey levels; f: periods across the image; blend: weight of the wrapped mask, None = add."""
+
+    rate: float
+    labels: str
+    f: float
+    blend: float | None
+    delta: float = 20.0  # NAD README.md@f17b713:67-94; also measured from its array
+    target: int = 5  # NAD config.py@f17b713:43
+
+
+SETTINGS = {
+    ("nad", "described"): Config(
+        rate=0.5,  # ours: no value readable
+        labels="clean-label",  # Barni et al. (the title)
+        f=6.0,  # NAD README.md@f17b713:67-94
+        blend=None),
+    ("nad", "released"): Config(
+        rate=0.1,  # NAD config.py@f17b713:42
+        labels="all-to-one",  # NAD config.py@f17b713:45
+        f=0.8 * 32 / (2 * math.pi),  # 0.8 rad per column: the array signal_cifar10_mask.npy, exactly
+        blend=0.2),  # NAD data_loader.py@f17b713:402
+}
+
+
+def requires(config: Config) -> frozenset[str]:
+    return frozenset()
+
+
+def prepare(config: Config, context: Context) -> dict[str, Tensor]:
+    """Nothing to prepare: the signal is a formula."""
+    return {}
+
+
+def signal(config: Config, width: int) -> Tensor:
+    """v(j), float64 (width,)."""
+    columns = torch.arange(width, dtype=torch.float64)
+    return config.delta * torch.sin(2 * math.pi * columns * config.f / width)
+
+
+def wrapped_mask(config: Config, width: int) -> Tensor:
+    """trunc(v) modulo 256, uint8 (width,)."""
+    return (signal(config, width).trunc().long() % 256).to(torch.uint8)
+
+
+def apply(images: Tensor, config: Config, state: dict[str, Tensor], seed: int, split: str) -> Tensor:
+    """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W)."""
+    if config.blend is not None:
+        mask = wrapped_mask(config, images.shape[3])
+        return mix(images, mask.expand(1, 1, images.shape[2], -1), config.blend)
+    # Adding whole numbers: the nearest grey level of x + v is x + round(v).
+    steps = signal(config, images.shape[3]).round().to(images.device, torch.int16)
+    result = torch.empty_like(images)
+    for start in range(0, len(images), 256):
+        result[start:start + 256] = (images[start:start + 256].short() + steps).clamp_(0, 255)
+    return result
+
+
+def poison(images: Tensor, labels: Tensor, config: Config, state: dict[str, Tensor], seed: int,
+           num_classes: int) -> Poisoned:
+    """images: uint8 (N, 3, H, W); labels: int64 (N,)."""
+    return poison_with_trigger(images, labels, config, seed, num_classes,
+                               lambda chosen: apply(chosen, config, state, seed, "train"))

@@ -1,0 +1,13 @@
+"""One file per defense or baseline.
+
+A defense module defines
+
+    Config             frozen dataclass of hyper-parameters in the paper's symbols, a source beside each constant
+    SETTINGS           {(paper, variant): Config}, e.g. ("nad", "released")
+    requires(config)   what it needs beyond the clean images, out of {"clean-model"}; usually empty
+    defend(model, clean, config, seed, observe=silent, clean_model=None) -> Defended
+
+`model` is left untouched. A defense sees the clean subset only: never the trigger, the target label or test data.
+It reports each epoch to `observe` and hears nothing back. Adding a defense is adding such a file and naming it in
+a protocol: modules are found by their name.
+"""

@@ -1,0 +1,1 @@
+"""Figures: one file per paper, a function per figure; `style` holds the shared look and the writer."""

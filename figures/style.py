@@ -1,0 +1,175 @@
+"""The shared look of all figures, and how they are written: PDF, PNG and the data behind them as CSV."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from tables.layout import estimates
+from tables.render import SMOKE
+
+matplotlib.use("Agg")
+
+WIDTH = 5.5     # inches: the text width of a one-column paper
+DPI = 200
+_COLOURS = seaborn.color_palette("colorblind")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SETTINGS = {
+    **seaborn.axes_style("whitegrid"), **seaborn.plotting_context("paper"), "font.family": "DejaVu Sans",
+    "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5, "legend.title_fontsize": 7.5, "legend.frameon": False, "axes.linewidth": 0.6,
+    "grid.linewidth": 0.5, "grid.color": "0.9", "lines.linewidth": 1.2, "lines.markersize": 4,
+    "pdf.fonttype": 42, "figure.constrained_layout.use": True,
+}
+LABELS = {"asr": "ASR (%)", "acc": "ACC (%)", "acc_nontarget": "ACC, non-target classes (%)", "ra": "RA (%)"}
+# The same defense looks the same in every figure of every paper.
+LOOKS = {"Before": ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
+    ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"))}}
+BARS = "Bars: 95 % t intervals over seeds; with two seeds from one to the other; with one its Wilson interval."
+
+
+@dataclass(frozen=True)
+class Figure:
+    """draw makes the picture; data is everything shown in it; note, the number of seeds say, stands above it."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], Canvas]
+    data: pd.DataFrame
+    note: str = ""
+
+    def write(self, folder: Path, smoke: bool = False) -> None:
+        """<folder>/<name>.pdf, .png and .csv, the same bytes for the same data; labelled at smoke scale."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(SETTINGS):
+            canvas = self.draw()
+            above = "   ".join(filter(None, [self.note, SMOKE if smoke else ""]))
+            if above:
+                canvas.suptitle(above, x=0.995, ha="right", fontsize=7.5, color="firebrick" if smoke else "0.35")
+            # Laid out once: every save would do it again.
+            canvas.draw_without_rendering()
+            canvas.set_layout_engine("none")
+            # Without these dates and version stamps two writes of one figure are identical.
+            canvas.savefig(folder / f"{self.name}.pdf", metadata={"CreationDate": None, "ModDate": None})
+            canvas.savefig(folder / f"{self.name}.png", dpi=DPI, metadata={"Software": None})
+        note = f"# {SMOKE}\n" if smoke else ""
+        body = self.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        (folder / f"{self.name}.csv").write_text(note + body, encoding="utf-8")
+
+
+def look(name: str, position: int = 0) -> tuple[object, str]:
+    """(colour, marker) of a defense, or of the n-th of other labels."""
+    return LOOKS.get(name, (_COLOURS[position % len(_COLOURS)], _MARKERS[position % len(_MARKERS)]))
+
+
+def canvas(height: float) -> Canvas:
+    """An empty figure of the text width; height in inches."""
+    return Canvas(figsize=(WIDTH, height))
+
+
+@contextmanager
+def panels(height: float, measures: Sequence[str], share_y: bool = False) -> Iterator[tuple[Canvas, list[Axes]]]:
+    """Side-by-side axes, one per measure."""
+    figure = canvas(height)
+    axes = figure.subplots(1, len(measures), sharey=share_y, squeeze=False)[0]
+    yield figure, list(axes)
+
+
+def seeds(data: pd.DataFrame) -> str:
+    """n behind the points: "n = 6 seeds" or "n = 2 to 6 seeds"."""
+    low, high = int(data.n.min()), int(data.n.max())
+    return f"n = {low} seed{'s' * (low != 1)}" if low == high else f"n = {low} to {high} seeds"
+
+
+def done(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """Estimates of the groups that have a finished run, with the interval to draw.
+
+    The t interval of two seeds is 13 standard errors wide and would hide everything else: their range is drawn instead.
+    """
+    data = estimates(frame, keys, measures)
+    if not len(data):
+        return data
+    data = data[data.n > 0].drop(columns="mark")
+    two = data.n == 2
+    half = data.sd[two] / 2 ** 0.5
+    data.loc[two, "low"], data.loc[two, "high"] = data["mean"][two] - half, data["mean"][two] + half
+    data.loc[two, "interval"] = "range"
+    return data
+
+
+def errors(part: pd.DataFrame) -> list[pd.Series]:
+    """Distances from the mean to the ends of the interval, for errorbar; 0 where there is none."""
+    return [(part["mean"] - part.low).clip(lower=0).fillna(0), (part.high - part["mean"]).clip(lower=0).fillna(0)]
+
+
+def dots(data: pd.DataFrame, row: str, series: str | None, measures: Sequence[str]) -> Canvas:
+    """Horizontal dot plot: a line per `row`, a dot per `series` in it, a panel per measure, 95 % intervals."""
+    rows = list(dict.fromkeys(data[row]))
+    names = list(dict.fromkeys(data[series])) if series else [""]
+    height = max(1.5, 0.75 + len(rows) * (0.13 * len(names) + 0.14))
+    with panels(height, measures, share_y=True) as (figure, axes):
+        for axis, measure in zip(axes, measures, strict=True):
+            for i, name in enumerate(names):
+                part = data[(data.measure == measure) & ((data[series] == name) if series else True)]
+                offset = (i - (len(names) - 1) / 2) * 0.75 / len(names)
+                colour, marker = look(name, i)
+                axis.errorbar(part["mean"], [rows.index(value) + offset for value in part[row]], xerr=errors(part),
+                              fmt=marker, color=colour, elinewidth=0.9, label=name)
+            axis.set(xlabel=LABELS[measure], ylim=(len(rows) - 0.5, -0.5))
+            axis.set_yticks(range(len(rows)), rows)
+            axis.grid(axis="y", visible=False)
+            for edge in range(1, len(rows)):
+                axis.axhline(edge - 0.5, color="0.9", linewidth=0.5)
+        limits(axes, measures)
+        if series:
+            legend(figure, axes[0], len(names))
+    return figure
+
+
+def lines(data: pd.DataFrame, x: str, series: str, measures: Sequence[str], xlabel: str,
+          categories: Sequence[str] | None = None, band: bool = False) -> Canvas:
+    """A line per `series` over x (numbers, or named `categories` in order), a panel per measure, 95 % intervals."""
+    names = list(dict.fromkeys(data[series]))
+    with panels(2.4, measures) as (figure, axes):
+        for axis, measure in zip(axes, measures, strict=True):
+            for i, name in enumerate(names):
+                part = data[(data.measure == measure) & (data[series] == name)]
+                colour, marker = look(name, i)
+                # Neighbouring series are moved apart a little so that their error bars stay legible.
+                shift = 0.0 if band else (i - (len(names) - 1) / 2) * 0.08
+                places = part[x] if categories is None else part[x].map(list(categories).index)
+                if band:
+                    axis.plot(places, part["mean"], color=colour, marker=marker, markersize=3, label=name)
+                    below, above = errors(part)
+                    axis.fill_between(places, part["mean"] - below, part["mean"] + above, color=colour, alpha=0.15,
+                                      linewidth=0)
+                else:
+                    axis.errorbar(places + shift, part["mean"], yerr=errors(part), color=colour, marker=marker,
+                                  elinewidth=0.9, label=name)
+            axis.set(xlabel=xlabel, ylabel=LABELS[measure])
+            if categories is not None:
+                axis.set_xticks(range(len(categories)), categories)
+        if len(names) > 1:
+            legend(figure, axes[0], len(names))
+    return figure
+
+
+def limits(axes: Sequence[Axes], measures: Sequence[str]) -> None:
+    """ASR from 0 to 100, so that a small remainder looks small; other measures as the data need."""
+    for axis, measure in zip(axes, measures, strict=True):
+        if measure == "asr":
+            axis.set_xlim(-3, 103)
+
+
+def legend(figure: Canvas, axis: Axes, columns: int) -> None:
+    """One legend below all panels."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, 6), handletextpad=0.4,
+                  columnspacing=1.2)

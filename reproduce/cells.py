@@ -1,0 +1,129 @@
+"""What there is to run: victims and cells, each with an identity made of its configuration and its seed.
+
+A cell is dataset x model x recipe x attack x defense x clean fraction x seed. Its victim is trained once and shared
+by all defenses of the same (dataset, model, recipe, attack, seed). The identity hashes neither path nor device nor
+date, so moved data keep their cache, and any change of a constant makes a new run.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from reproduce.defending import defense_module
+from reproduce.poisoning import attack_module
+from reproduce.training import Recipe
+
+NONE = "none"
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON-able data, without fields marked as not changing the result."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+                if f.metadata.get("identity", True)}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def recipes(value: Any) -> list[Recipe]:
+    """Every training recipe inside a configuration."""
+    if isinstance(value, Recipe):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        return [r for f in dataclasses.fields(value) for r in recipes(getattr(value, f.name))]
+    return []
+
+
+class Task:
+    """Something with an identity that produces one run folder."""
+
+    seed: int
+
+    def describe(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def label(self) -> str:
+        raise NotImplementedError
+
+    def needs(self) -> list["Victim"]:
+        """The runs this one is computed from."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """Folder name: readable, and unique by the hash of the whole configuration."""
+        text = json.dumps(self.describe(), sort_keys=True)
+        return f"{self.label()}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Victim(Task):
+    """A model trained on poisoned data; attack "none" with settings None is a clean model."""
+
+    dataset: str
+    model: str
+    recipe: Recipe
+    seed: int
+    attack: str = NONE
+    settings: Any = None
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "victim", "dataset": self.dataset, "model": self.model, "recipe": plain(self.recipe),
+                "seed": self.seed, "attack": self.attack, "settings": plain(self.settings)}
+
+    def label(self) -> str:
+        return f"victim-{self.attack}"
+
+    def needs(self) -> list["Victim"]:
+        if self.attack != NONE and "clean-model" in attack_module(self.attack).requires(self.settings):
+            return [self.clean()]
+        return []
+
+    def clean(self) -> "Victim":
+        """The clean model of the same dataset, architecture, recipe and seed."""
+        return dataclasses.replace(self, attack=NONE, settings=None)
+
+
+@dataclass(frozen=True)
+class Cell(Task):
+    """One defense on one victim. `curve` evaluates the student after every epoch (slower)."""
+
+    victim: Victim
+    defense: str
+    config: Any
+    clean_fraction: float
+    curve: bool = False
+
+    @property
+    def seed(self) -> int:  # type: ignore[override]
+        return self.victim.seed
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "cell", "victim": self.victim.describe(), "defense": self.defense,
+                "config": plain(self.config), "clean_fraction": self.clean_fraction, "curve": self.curve}
+
+    def label(self) -> str:
+        return f"{self.defense}-{self.victim.attack}"
+
+    def needs(self) -> list[Victim]:
+        if "clean-model" in defense_module(self.defense).requires(self.config):
+            return [self.victim, self.victim.clean()]
+        return [self.victim]
+
+
+def with_dependencies(tasks: list[Task]) -> list[Task]:
+    """The tasks and everything they need, each once, every task after what it needs."""
+    ordered: dict[str, Task] = {}
+
+    def visit(task: Task) -> None:
+        if task.name not in ordered:
+            for needed in task.needs():
+                visit(needed)
+            ordered[task.name] = task
+
+    for task in tasks:
+        visit(task)
+    return list(ordered.values())

@@ -1,0 +1,253 @@
+"""The command line: `python -m reproduce run | report | status | evaluate | defend`.
+
+A wrong argument, file or configuration is one line on stderr and exit code 2. A run that failed is exit code 1.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from reproduce import data, models
+from reproduce.cells import Task, with_dependencies
+from reproduce.engine import Workers, check_data, cost, execute, seconds_per_cost
+from reproduce.errors import UserError
+from reproduce.protocols import PAPERS, PROFILES, Entry, Profile, entries
+from reproduce.repair import Repair, Suspect, evaluate_suspect, repair_suspect, usable_devices
+from reproduce.report import write_report
+from reproduce.results import Results
+from reproduce.runner import PROJECT
+from reproduce.store import Store
+
+GPU_JOBS = 4  # a WRN-16-1 leaves most of a modern card idle
+
+
+class Commands(click.Group):
+    """Prints a UserError, or an argument click refuses, as one line; exit code 2."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            code = super().main(*arguments, **{**options, "standalone_mode": False})
+        except (UserError, click.ClickException) as error:
+            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            click.echo(f"error: {' '.join(message.split())}", err=True)
+            sys.exit(2)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted: finished runs are kept; the same command goes on from here", err=True)
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Do backdoor defenses really work? Reproduce the papers, or repair a checkpoint of your own."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which part of which protocol, and where its results are."""
+
+    profile_name: str | None
+    papers: tuple[str, ...]
+    items: tuple[str, ...]
+    seeds: int | None
+    folder: Path | None
+    precision: str
+
+    @property
+    def why(self) -> str:
+        """Why this profile."""
+        if self.profile_name:
+            return "chosen"
+        return "the default where CUDA is present" if torch.cuda.is_available() else "the default without CUDA"
+
+    @property
+    def profile(self) -> Profile:
+        name = self.profile_name or ("paper" if torch.cuda.is_available() else "quick")
+        profile = dataclasses.replace(PROFILES[name], precision=self.precision)
+        return dataclasses.replace(profile, seeds=tuple(range(self.seeds))) if self.seeds else profile
+
+    def entries(self, profile: Profile) -> list[Entry]:
+        return entries(profile, list(self.papers or PAPERS), list(self.items))
+
+    @property
+    def place(self) -> Path:
+        return self.folder or PROJECT / "results" / self.profile.name
+
+
+def options(*decorators: Callable) -> Callable:
+    """Several click options as one decorator."""
+    def decorate(function: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+    return decorate
+
+
+SELECTION = options(
+    click.option("--profile", "profile_name", type=click.Choice(list(PROFILES)), help="Scale; default: paper where "
+                 "CUDA is present, else quick."),
+    click.option("--paper", "papers", multiple=True, type=click.Choice(list(PAPERS)), help="Only these; repeatable."),
+    click.option("--item", "items", multiple=True, help="Only these tables (main, clean-fraction, ...); repeatable."),
+    click.option("--seeds", type=click.IntRange(1, 100), help="Seeds 0 to N-1; default: the profile's."),
+    click.option("--results", "folder", type=click.Path(file_okay=False, path_type=Path),
+                 help="Where results go; default: results/<profile>."),
+    click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True,
+                 help="bf16: about 1.5 times faster; other numbers, kept apart from fp32's."),
+)
+DATA_ROOT = click.option("--data-root", type=click.Path(file_okay=False, path_type=Path),
+                         help="Where data sets are; default: $BACKDOOR_DATA, else ./data.")
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+
+
+@main.command()
+@SELECTION
+@DATA_ROOT
+@DEVICE
+@click.option("--jobs", type=click.IntRange(1, 1024), help="Processes; default: one per core, 4 per GPU.")
+@click.option("--graph/--no-graph", default=False, help="Capture training steps in CUDA graphs (GPU only).")
+@click.option("--dry-run", is_flag=True, help="List what would run, what is cached, and the estimated time.")
+def run(data_root: Path | None, device: str, jobs: int | None, graph: bool, dry_run: bool, **selected: Any) -> int:
+    """Run what is missing of a profile, then write its tables, figures, claims and report."""
+    selection = Selection(**selected)
+    profile, folder = dataclasses.replace(selection.profile, graph=graph), selection.place
+    devices = usable_devices(device)
+    jobs = jobs or ((os.cpu_count() or 1) if devices == ("cpu",) else GPU_JOBS * len(devices))
+    results = Results(Store(folder), selection.entries(profile))
+    tasks = with_dependencies([entry.task for entry in results.entries])
+    click.echo(f"profile {profile.name} ({selection.why}): {profile.note}")
+    click.echo(f"{len(tasks)} runs, seeds {', '.join(map(str, profile.seeds))}, {jobs} processes on "
+               f"{', '.join(devices)}, results in {folder}")
+    if dry_run:
+        _list(tasks, results.store, jobs)
+        return 0
+    root = data.data_root(data_root)
+    check_data(tasks, root)
+    _check_writable(folder)
+    results.store.sweep()
+    started = time.monotonic()
+    outcome = execute(tasks, Workers(folder, root, jobs, devices), lambda line: click.echo(line, err=True))
+    click.echo(f"{len(outcome.done)} computed, {len(outcome.reused)} reused, {len(outcome.failed)} failed in "
+               f"{_duration(time.monotonic() - started)}", err=True)
+    return _report(results, profile, folder)
+
+
+@main.command()
+@SELECTION
+def report(**selected: Any) -> int:
+    """Write tables, figures, claims and report from the runs that are there; computes nothing."""
+    selection = Selection(**selected)
+    results = Results(Store(selection.place), selection.entries(selection.profile))
+    return _report(results, selection.profile, selection.place)
+
+
+@main.command()
+@SELECTION
+def status(**selected: Any) -> None:
+    """Say of every run whether it is done, failed, damaged or missing."""
+    selection = Selection(**selected)
+    store = Store(selection.place)
+    for task in with_dependencies([entry.task for entry in selection.entries(selection.profile)]):
+        click.echo(f"{store.status(task.name):8} {task.name}")
+
+
+def _list(tasks: list[Task], store: Store, jobs: int) -> None:
+    per_cost, left = seconds_per_cost(store, tasks), 0.0
+    for task in tasks:
+        state, seconds = store.status(task.name), cost(task) * per_cost
+        left += seconds * (state != "done")
+        click.echo(f"{'cached' if state == 'done' else state:8} {_duration(seconds):>8}  {task.name}")
+    click.echo(f"about {_duration(left / jobs)} left with {jobs} processes")
+
+
+def _report(results: Results, profile: Profile, folder: Path) -> int:
+    summary = write_report(results, profile, folder, shlex.join(["./run_all.sh", *sys.argv[2:]]))
+    click.echo(summary.main_table)
+    click.echo(f"tables {folder / 'tables'}\nfigures {folder / 'figures'}\nclaims {folder / 'claims.json'}\n"
+               f"report {folder / 'report.html'}")
+    if summary.failed or summary.missing:
+        click.echo(f"{summary.failed} runs failed, {summary.missing} are missing: see the report's list", err=True)
+        return 1
+    return 0
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--results {folder} cannot be written ({error.strerror}); name another folder") from error
+
+
+def _duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+SUSPECT = options(
+    click.option("--checkpoint", required=True, type=click.Path(path_type=Path),
+                 help=".pth.tar, .pth or .safetensors; loaded without executing code."),
+    click.option("--model", required=True, help=f"Its architecture: {', '.join(models.ARCHITECTURES)}."),
+    click.option("--dataset", required=True, help=f"What it classifies: {', '.join(data.NUM_CLASSES)}."),
+    click.option("--attack", help="The attack to test with: badnets, blend, ..."),
+    click.option("--paper", default="nad", show_default=True, help="Whose settings of the attack and the defense."),
+    click.option("--variant", default="released", show_default=True, help="described or released settings."),
+    click.option("--target", type=int, help="Target label; default: the settings'."),
+    click.option("--normalize", type=click.Choice(["none", *models.NORMALISATIONS]), default="none",
+                 show_default=True, help="Input normalisation the checkpoint was trained with."),
+    click.option("--clean-model", type=click.Path(path_type=Path), help="A clean checkpoint of the same architecture, "
+                 "for attacks and teachers that need one."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."),
+    DATA_ROOT, DEVICE,
+)
+
+
+@main.command()
+@SUSPECT
+def evaluate(as_json: bool, **suspect: Any) -> None:
+    """ACC, ASR and RA of a checkpoint of your own."""
+    _print(evaluate_suspect(Suspect(**suspect)), as_json)
+
+
+@main.command()
+@SUSPECT
+@click.option("--defense", required=True, help="ft, fp, mcr, nad, ...")
+@click.option("--defense-variant", help="Settings of the defense; default: as --variant.")
+@click.option("--clean-fraction", type=click.FloatRange(0, 1, min_open=True), default=0.05, show_default=True,
+              help="Share of the clean training set (of --images: all are used).")
+@click.option("--images", type=click.Path(path_type=Path), help="Your own clean images, one sub-folder per class, "
+              "in place of the data set's.")
+@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="Where the repaired weights go (.safetensors).")
+def defend(as_json: bool, defense: str, defense_variant: str | None, clean_fraction: float, images: Path | None,
+           output: Path, **suspect: Any) -> None:
+    """Repair a checkpoint of your own with a few clean images, and say what that did."""
+    repair = Repair(defense, output, defense_variant, clean_fraction, images)
+    _print(repair_suspect(Suspect(**suspect), repair), as_json)
+
+
+def _print(values: dict[str, Any], as_json: bool) -> None:
+    """One JSON object, or one line per value for people."""
+    if as_json:
+        click.echo(json.dumps(values))
+        return
+    for name, value in values.items():
+        text = ", ".join(f"{key} {_short(v)}" for key, v in value.items()) if isinstance(value, dict) else _short(value)
+        click.echo(f"{name:14} {text}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

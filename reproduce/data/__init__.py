@@ -1,0 +1,53 @@
+"""Image data sets as uint8 tensors in memory, by name.
+
+cifar10 and gtsrb come from a data root (`--data-root`, or the variable BACKDOOR_DATA, or ./data) in torchvision's
+layouts, and are downloaded there by torchvision where a network exists; digits is embedded in scikit-learn.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from reproduce.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images uint8 (N, 3, 32, 32), channels-last in memory; labels int64 (N,) in [0, num_classes)."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+NUM_CLASSES = {"digits": 10, "cifar10": 10, "gtsrb": 43}
+
+
+def data_root(argument: str | Path | None = None) -> Path:
+    """Where data sets are: the argument, else BACKDOOR_DATA, else ./data."""
+    return Path(argument or os.environ.get("BACKDOOR_DATA") or "data").expanduser()
+
+
+@lru_cache(maxsize=2)
+def load(name: str, root: Path) -> Dataset:
+    """The data set `name`. Raises UserError naming any missing or damaged file and what to do."""
+    if name not in NUM_CLASSES:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NUM_CLASSES)}")
+    if name == "digits":
+        from reproduce.data.digits import load_digits
+        return load_digits()
+    if name == "cifar10":
+        from reproduce.data.cifar import load_cifar10
+        return load_cifar10(root)
+    from reproduce.data.gtsrb import load_gtsrb
+    return load_gtsrb(root)

@@ -1,0 +1,290 @@
+"""Where tasks run: a pool of single-threaded processes, one per core, or a few per GPU.
+
+Two threads of one process beside another busy process slow each other down by an order of magnitude, so a worker
+never uses more than one CPU thread, and parallelism comes from running several tasks at once.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from reproduce import data
+from reproduce.cells import Cell, Task, Victim, recipes
+from reproduce.runner import Runner
+from reproduce.store import Store
+
+# Images per second one CPU core takes forwards through WRN-16-1; only for the first estimate of time left.
+FORWARD_RATE = 2300.0
+BACKWARD_COST = 3.0
+TRAIN_IMAGES = {"digits": 1438, "cifar10": 50_000, "gtsrb": 39_209}
+TEST_IMAGES = {"digits": 359, "cifar10": 10_000, "gtsrb": 12_630}
+
+
+@dataclass
+class Outcome:
+    """Names of the tasks by what became of them; `failed` maps to the last line of the error."""
+
+    done: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many processes, on which devices, with data from where."""
+
+    store: Path
+    root: Path
+    jobs: int
+    devices: tuple[str, ...] = ("cpu",)
+
+
+def cost(task: Task) -> float:
+    """Work of a task in forward passes of one image; used for ordering and for time estimates only."""
+    victim = task.victim if isinstance(task, Cell) else task
+    total, test = TRAIN_IMAGES[victim.dataset], 2 * TEST_IMAGES[victim.dataset]
+    if isinstance(task, Victim):
+        return BACKWARD_COST * task.recipe.epochs * total + test
+    epochs = sum(recipe.epochs for recipe in recipes(task.config))
+    return (BACKWARD_COST + 1) * epochs * task.clean_fraction * total + test * (1 + epochs * task.curve)
+
+
+def seconds_per_cost(store: Store, tasks: list[Task]) -> float:
+    """Measured on this store's finished runs where there are any (the median), else a typical CPU core's."""
+    measured = sorted(run.json("metrics")["seconds"] / cost(task) for task in tasks if (run := store.find(task.name)))
+    return measured[len(measured) // 2] if measured else 1 / FORWARD_RATE
+
+
+def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> Outcome:
+    """Run every task that is not finished, each after what it needs; `tasks` must be in dependency order.
+
+    A task that fails is recorded and the others go on; those that need it fail with it.
+    """
+    store, outcome = Store(workers.store), Outcome()
+    waiting: dict[str, Task] = {}
+    for task in tasks:
+        if store.find(task.name):
+            outcome.reused.append(task.name)
+        else:
+            waiting[task.name] = task
+    if not waiting:
+        return outcome
+    per_cost = seconds_per_cost(store, tasks)
+    with _Bar(waiting, per_cost, workers.jobs) as bar, _Pool(workers) as pool:
+        running: dict[Future, str] = {}
+        deaths: set[str] = set()
+        while waiting or running:
+            _drop_orphans(waiting, outcome, say)
+            for name in _ready(waiting, running):
+                if len(running) >= workers.jobs:
+                    break
+                running[pool.submit(waiting[name])] = name
+            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            bar.drain(pool.messages)
+            for future in finished:
+                name = running.pop(future)
+                error = None
+                try:
+                    line = future.result()
+                except BrokenProcessPool:
+                    # Every task in flight is lost with the pool, the innocent too: each gets a second try.
+                    pool.restart_after(future)
+                    if name not in deaths:
+                        deaths.add(name)
+                        continue
+                    error = "its process died twice (out of memory?)"
+                    store.fail(name, error)
+                except Exception as caught:
+                    error = " ".join([f"{type(caught).__name__}:", *str(caught).splitlines()[:1]])
+                del waiting[name]
+                bar.finish(name)
+                if error:
+                    outcome.failed[name] = error
+                    say(f"FAILED {name}: {error}")
+                else:
+                    outcome.done.append(name)
+                    say(f"done   {name}: {line}")
+    return outcome
+
+
+def _ready(waiting: dict[str, Task], running: dict[Future, str]) -> list[str]:
+    """Tasks whose needs are met, the longest first."""
+    busy = set(running.values())
+    free = [name for name, task in waiting.items()
+            if name not in busy and not any(needed.name in waiting for needed in task.needs())]
+    return sorted(free, key=lambda name: -cost(waiting[name]))
+
+
+def _drop_orphans(waiting: dict[str, Task], outcome: Outcome, say: Callable[[str], None]) -> None:
+    """Fail the tasks that need a failed one."""
+    for name in list(waiting):
+        for needed in waiting[name].needs():
+            if needed.name in outcome.failed:
+                outcome.failed[name] = f"needs {needed.name}, which failed"
+                say(f"FAILED {name}: {outcome.failed[name]}")
+                del waiting[name]
+                break
+
+
+class _Pool:
+    """A process pool that can be started anew after one of its processes died."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+        self.context = multiprocessing.get_context("spawn")
+
+    def __enter__(self) -> "_Pool":
+        self._start()
+        return self
+
+    def _start(self) -> None:
+        self.submitted: set[Future] = set()
+        self.messages = self.context.Queue()
+        devices = self.context.Queue()
+        for i in range(self.workers.jobs):
+            devices.put(self.workers.devices[i % len(self.workers.devices)])
+        with _single_threaded():
+            self.executor = ProcessPoolExecutor(self.workers.jobs, self.context, _start_worker,
+                                                (self.workers, devices, self.messages, os.getpid()))
+
+    def submit(self, task: Task) -> Future:
+        with _single_threaded():
+            future = self.executor.submit(_run, task)
+        self.submitted.add(future)
+        return future
+
+    def restart_after(self, broken: Future) -> None:
+        """Start anew, once for all the futures that broke together."""
+        if broken in self.submitted:
+            self.executor.shutdown(wait=False, cancel_futures=True)
+            self._start()
+
+    def __exit__(self, kind: type | None, *_rest: object) -> None:
+        if kind is not None:
+            for process in list((self.executor._processes or {}).values()):
+                process.terminate()
+        self.executor.shutdown(wait=kind is None, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Children inherit one-thread settings, and an allocator that keeps freed memory and uses huge pages (glibc and
+    torch on Linux; copying whole data sets becomes several times faster).
+
+    Both are read when a process starts or first imports a math library, so setting them later would be too late.
+    """
+    settings = {**dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+                "MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+                "THP_MEM_ALLOC_ENABLE": "1"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_runner: Runner | None = None
+
+
+def _start_worker(workers: Workers, devices: multiprocessing.Queue, messages: multiprocessing.Queue,
+                  parent: int) -> None:
+    global _runner
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with(parent)
+    torch.set_num_threads(1)
+    device = torch.device(devices.get())
+    _runner = Runner(Store(workers.store), workers.root, device,
+                     progress=lambda name, share, doing: messages.put((name, share, doing)),
+                     note=lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _die_with(parent: int) -> None:
+    """End this worker when the driver is gone, however it went: a killed run must not go on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(task: Task) -> str:
+    """Compute one task in a worker; its one-line summary."""
+    assert _runner is not None
+    run = _runner.run(task)
+    found = run.json("metrics")
+    measures = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr", "ra") if found[name] is not None]
+    return f"{', '.join(measures)} ({found['seconds']:.0f} s)"
+
+
+class _Bar:
+    """Progress over all tasks in estimated seconds, with the time left and what is running; silent under CI."""
+
+    def __init__(self, tasks: dict[str, Task], per_cost: float, jobs: int) -> None:
+        self.seconds = {name: cost(task) * per_cost / jobs for name, task in tasks.items()}
+        self.shares: dict[str, tuple[float, str]] = {}
+        quiet = bool(os.environ.get("CI")) or not sys.stderr.isatty()
+        self.bar = tqdm(total=round(sum(self.seconds.values()), 1), disable=quiet, unit="s", dynamic_ncols=True,
+                        bar_format="{percentage:3.0f}%|{bar:20}| {elapsed} gone, {remaining} left {postfix}")
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def drain(self, messages: multiprocessing.Queue) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                name, share, doing = messages.get_nowait()
+                self._move(name, share, doing)
+
+    def finish(self, name: str) -> None:
+        self._move(name, 1.0, "")
+        self.shares.pop(name, None)
+
+    def _move(self, name: str, share: float, doing: str) -> None:
+        before = self.shares.get(name, (0.0, ""))[0]
+        self.shares[name] = max(share, before), doing
+        self.bar.update(max(0.0, share - before) * self.seconds.get(name, 0.0))
+        self.bar.set_postfix_str("; ".join(f"{n} {d}" for n, (_s, d) in self.shares.items() if d)[:120])
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def default_devices(choice: str) -> tuple[str, ...]:
+    """Devices for "auto", "cpu" or "cuda"."""
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return ("cpu",)
+    return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+
+
+def data_needed(tasks: list[Task]) -> set[str]:
+    """The data sets a list of tasks reads."""
+    return {(task.victim if isinstance(task, Cell) else task).dataset for task in tasks}
+
+
+def check_data(tasks: list[Task], root: Path) -> None:
+    """Load each data set once before any worker starts, so that a missing file is one line and not many failures."""
+    for name in sorted(data_needed(tasks)):
+        data.load(name, root)

@@ -1,0 +1,49 @@
+"""One victim's test sets, and what is recorded of a model on them: predictions, and a few images for the figures."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reproduce.data.augment import to_input
+from reproduce.metrics import Predictions
+from reproduce.models.taps import features
+from reproduce.training import predict
+
+SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Clean test images uint8 (N, 3, H, W) with labels (N,); the triggered copies (M, 3, H, W) of those at `index`
+    (M,), and the labels the attacker wants for them (M,). Without an attack the last three are empty."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    triggered: Tensor
+    wanted: Tensor
+
+
+def evaluate(model: nn.Module, test: TestSet, precision: str = "fp32") -> Predictions:
+    """Predictions of `model` (in eval mode) on both test sets."""
+    on_triggered = predict(model, test.triggered, precision=precision) if len(test.index) else test.wanted
+    arrays = (test.labels, predict(model, test.images, precision=precision), test.index, test.wanted, on_triggered)
+    return Predictions(*(array.cpu().numpy().astype(np.int32) for array in arrays))
+
+
+@torch.inference_mode()
+def samples(model: nn.Module, test: TestSet, layers: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """A few test images, their triggered copies, and the model's attention maps sum_c |F|^2 on both (float16)."""
+    count = min(SAMPLES, len(test.index) or len(test.images))
+    chosen = test.index[:count] if len(test.index) else torch.arange(count)
+    sets = {"clean": test.images[chosen], "triggered": test.triggered[:count]}
+    arrays = {"images": sets["clean"].cpu().numpy(), "triggered": sets["triggered"].cpu().numpy()}
+    device = next(model.parameters()).device
+    for kind, images in sets.items():
+        if len(images):
+            _logits, maps = features(model, to_input(images.to(device)), layers)
+            for layer, values in zip(layers, maps, strict=True):
+                arrays[f"attention_{kind}_{layer}"] = values.square().sum(1).cpu().numpy().astype(np.float16)
+    return arrays

@@ -1,0 +1,71 @@
+"""Loading somebody's checkpoint safely and strictly: .pth.tar, .pth, .tar, .pt or .safetensors."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from reproduce.errors import UserError
+from reproduce.models import build
+
+# Keys under which public training scripts store the weights beside other things.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+# Numpy scalars (a stored accuracy, say) are data, not code.
+_NUMPY = [np._core.multiarray.scalar, np.dtype, *{type(np.dtype(t)) for t in (np.float64, np.float32, np.int64)}]
+
+
+def load_checkpoint(path: Path, model: str, num_classes: int) -> nn.Module:
+    """The architecture `model` with the weights of `path`, in eval mode. Raises UserError saying what does not fit.
+
+    Files are read with `weights_only=True`: one that would execute code is refused.
+    """
+    network = build(model, num_classes, seed=0)
+    weights = {name.removeprefix("module."): value for name, value in _weights(path).items()}
+    expected = network.state_dict()
+    # Checkpoints from before torch 0.4.1 lack this counter; nothing depends on it.
+    for name in expected:
+        if name.endswith("num_batches_tracked"):
+            weights.setdefault(name, expected[name])
+    missing, surplus = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    if missing or surplus:
+        raise UserError(f"{path} is not a {model}: it lacks {_some(missing)} and has {_some(surplus)} too many; "
+                        "choose the right --model")
+    wrong = [name for name in expected if expected[name].shape != weights[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise UserError(f"{path} is not a {model} with {num_classes} classes: {name} is {tuple(weights[name].shape)}, "
+                        f"expected {tuple(expected[name].shape)}; choose the right --model or --dataset")
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_NUMPY):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: it holds more than weights and could execute code when loaded; save its "
+                        "state_dict alone (torch.save(model.state_dict(), ...)) or as .safetensors") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from error
+    for key in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state_dict: expected names and tensors, or one of {', '.join(WRAPPERS)}")
+    return content
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return f"{', '.join(listed[:3])}{' ...' if len(listed) > 3 else ''}" if listed else "nothing"

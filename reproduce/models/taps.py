@@ -1,0 +1,31 @@
+"""Reading intermediate activations by layer name, without forking the model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def features(model: nn.Module, images: Tensor, layers: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+    """Logits (N, K) and the output of each named layer, in the order of `layers`. Gradients flow through both.
+
+    Raises KeyError for a layer the model does not have.
+    """
+    modules = dict(model.named_modules())
+    missing = [name for name in layers if name not in modules]
+    if missing:
+        raise KeyError(f"{type(model).__name__} has no layer {', '.join(missing)}")
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            seen[name] = output
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
+    try:
+        logits = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, [seen[name] for name in layers]

@@ -1,0 +1,98 @@
+"""What every attack shares: which images are poisoned, what label they get, what the defender's tester sees.
+
+Label rules (`Config.labels`):
+    all-to-one   poisoned images get the target label; ASR counts non-target test images predicted as the target
+    all-to-all   label y becomes (y + 1) mod K; ASR counts all test images predicted as y + 1
+    clean-label  only images of the target class are poisoned and keep their label; ASR as all-to-one
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reproduce.data.augment import pixels, take
+from reproduce.plugins import load_plugin
+from reproduce.rng import generator
+
+LABEL_RULES = ("all-to-one", "all-to-all", "clean-label")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an attacker may use to build a trigger: the clean training set and, on request, more.
+
+    images: uint8 (N, 3, H, W); labels: int64 (N,).
+    clean_model: a network trained on the clean data, in eval mode; present when `requires` names "clean-model".
+    pictures: photographs, uint8 (P, 3, h, w) by split "train" / "test", disjoint sources; for "pictures".
+    array: reads a released trigger array by file name; for "arrays".
+    progress: called with a share in [0, 1] during long preparations.
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    seed: int
+    clean_model: nn.Module | None = None
+    pictures: dict[str, Tensor] | None = None
+    array: Callable[[str], Any] | None = None
+    progress: Callable[[float], None] = lambda share: None
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """A poisoned training set. images: uint8 (N, 3, H, W); labels: int64 (N,); mask: bool (N,), True = poisoned."""
+
+    images: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def attack_module(name: str) -> ModuleType:
+    """The module `attacks.<name>`; raises UserError listing the attacks for an unknown name."""
+    return load_plugin("attacks", name, Path(__file__).parent.parent / "attacks")
+
+
+def poison_with_trigger(images: Tensor, labels: Tensor, config: Any, seed: int, num_classes: int,
+                        trigger: Callable[[Tensor], Tensor], whole_set: bool = False) -> Poisoned:
+    """Stamp `trigger` on randomly chosen images and relabel them by `config.labels`.
+
+    config.rate is the share of the whole set (all-to-one, all-to-all) or of the target class (clean-label); for the
+    latter `whole_set=True` draws the share from the whole set first and keeps the target class's part of the draw,
+    as NAD's released code does.
+    """
+    order = torch.randperm(len(images), generator=generator(seed, "poisoned-indices"))
+    if config.labels == "clean-label":
+        if whole_set:
+            order = order[: int(len(order) * config.rate)]
+            chosen = order[labels[order] == config.target]
+        else:
+            order = order[labels[order] == config.target]
+            chosen = order[: int(len(order) * config.rate)]
+    else:
+        chosen = order[: int(len(order) * config.rate)]
+    chosen = chosen.sort().values
+    new_images, new_labels = images.clone(), labels.clone()
+    pixels(new_images).numpy()[chosen.numpy()] = pixels(trigger(take(images, chosen))).numpy()
+    new_labels[chosen] = triggered_labels(labels[chosen], config, num_classes)
+    mask = torch.zeros(len(images), dtype=torch.bool)
+    mask[chosen] = True
+    return Poisoned(new_images, new_labels, mask)
+
+
+def triggered_labels(labels: Tensor, config: Any, num_classes: int) -> Tensor:
+    """The label the attacker wants for triggered images of true class `labels`: int64 (N,) -> (N,)."""
+    if config.labels == "all-to-all":
+        return (labels + 1) % num_classes
+    return torch.full_like(labels, config.target)
+
+
+def triggered_candidates(labels: Tensor, config: Any) -> Tensor:
+    """Indices of the test images the trigger is tested on: all for all-to-all, the non-target ones otherwise."""
+    if config.labels == "all-to-all":
+        return torch.arange(len(labels))
+    return (labels != config.target).nonzero().flatten()

@@ -1,0 +1,95 @@
+"""Protocols: one file per paper lists, explicitly, the runs behind each of its tables and figures."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from reproduce.cells import Task
+from reproduce.errors import UserError
+from reproduce.training import Recipe
+
+PAPERS = {
+    "nad": "NAD (ICLR 2021)",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run's place in one table. `labels` are the table's row and column keys, e.g. attack, defense, variant."""
+
+    paper: str
+    item: str
+    labels: dict[str, str]
+    task: Task
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A scale to run the protocols at.
+
+    victim_epochs, defense_epochs: caps on a recipe's epochs, None for the protocol's own; a capped recipe keeps the
+    shape of its learning-rate schedule.
+    """
+
+    name: str
+    note: str
+    dataset: str
+    model: str
+    seeds: tuple[int, ...]
+    clean_fraction: float = 0.05
+    victim_epochs: int | None = None
+    defense_epochs: int | None = None
+    precision: str = "fp32"
+    graph: bool = False
+
+    def victim(self, recipe: Recipe) -> Recipe:
+        """A victim's recipe at this scale."""
+        return self._recipe(recipe, self.victim_epochs)
+
+    def defense(self, config: Any) -> Any:
+        """A defense's configuration with every recipe in it at this scale."""
+        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return dataclasses.replace(config, **{name: self._recipe(value, self.defense_epochs)
+                                              for name, value in values.items() if isinstance(value, Recipe)})
+
+    def _recipe(self, recipe: Recipe, epochs: int | None) -> Recipe:
+        return dataclasses.replace(shorten(recipe, epochs), precision=self.precision, graph=self.graph)
+
+
+def shorten(recipe: Recipe, epochs: int | None) -> Recipe:
+    """The recipe cut to `epochs`, its learning-rate steps moved in proportion; unchanged if it is no longer."""
+    if epochs is None or recipe.epochs <= epochs:
+        return recipe
+    rates: dict[int, float] = {}
+    for first, rate in recipe.rates:
+        rates[first * epochs // recipe.epochs] = rate
+    return dataclasses.replace(recipe, epochs=epochs, rates=tuple(rates.items()))
+
+
+PROFILES = {
+    profile.name: profile for profile in (
+        Profile("quick", "smoke scale: scikit-learn's digits, shortened victims; shows that everything runs, "
+                         "says nothing about the papers", "digits", "wrn-10-1", (0, 1), clean_fraction=0.10,
+                victim_epochs=8, defense_epochs=12),
+        Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, two seeds: a night on a laptop", "cifar10", "wrn-16-1",
+                (0, 1), victim_epochs=12),
+        Profile("paper", "the exact protocol", "cifar10", "wrn-16-1", (0, 1, 2, 3, 4, 5)),
+    )
+}
+
+
+def entries(profile: Profile, papers: list[str], items: list[str] | None = None) -> list[Entry]:
+    """Every entry of the chosen papers at this scale, optionally only of the named items."""
+    found: list[Entry] = []
+    for paper in papers:
+        listed: Callable[[Profile], list[Entry]] = importlib.import_module(f"reproduce.protocols.{paper}").entries
+        found += listed(profile)
+    if items:
+        known = list(dict.fromkeys(entry.item for entry in found))
+        unknown = [item for item in items if item not in known]
+        if unknown:
+            raise UserError(f"unknown item {', '.join(unknown)}: choose from {', '.join(known)}")
+        found = [entry for entry in found if entry.item in items]
+    return found

@@ -1,0 +1,156 @@
+"""Somebody's own checkpoint: how good is it, how backdoored, and what does a defense make of it?"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from reproduce import data, models
+from reproduce.cells import NONE
+from reproduce.data import Dataset
+from reproduce.data.folder import load_folder
+from reproduce.defending import Clean, clean_subset, defense_module
+from reproduce.engine import default_devices
+from reproduce.errors import UserError
+from reproduce.evaluation import TestSet, evaluate
+from reproduce.metrics import metrics
+from reproduce.models.checkpoints import load_checkpoint
+from reproduce.poisoning import attack_module
+from reproduce.runner import prepare, triggered_test_set
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A checkpoint and how to test it. attack None: clean accuracy only; clean_model: a clean checkpoint of the same
+    architecture, for attacks and teachers that need one."""
+
+    checkpoint: Path
+    model: str
+    dataset: str
+    data_root: Path | None = None
+    attack: str | None = None
+    paper: str = "nad"
+    variant: str = "released"
+    target: int | None = None
+    normalize: str = "none"
+    clean_model: Path | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    @property
+    def root(self) -> Path:
+        return data.data_root(self.data_root)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Which defense, on which clean images: a fraction of the data set's training images, or a folder."""
+
+    defense: str
+    output: Path
+    defense_variant: str | None = None
+    clean_fraction: float = 0.05
+    images: Path | None = None
+
+
+def evaluate_suspect(suspect: Suspect) -> dict[str, Any]:
+    """acc, acc_nontarget, asr, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
+    loaded = data.load(suspect.dataset, suspect.root)
+    network, clean_model = _networks(suspect, loaded)
+    return _measured(network, _test_set(suspect, loaded, clean_model))
+
+
+def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
+    """Write the repaired weights; `before` and `after` as `evaluate_suspect`, and the seconds the defense took."""
+    if repair.output.suffix != ".safetensors":
+        raise UserError(f"--output {repair.output}: repaired weights are written as .safetensors; name such a file")
+    if not repair.output.parent.is_dir():
+        raise UserError(f"--output {repair.output}: the folder {repair.output.parent} does not exist")
+    module = defense_module(repair.defense)
+    config = _settings(f"defense {repair.defense}", module, suspect.paper, repair.defense_variant or suspect.variant)
+    loaded = data.load(suspect.dataset, suspect.root)
+    network, clean_model = _networks(suspect, loaded)
+    if "clean-model" in module.requires(config) and clean_model is None:
+        raise UserError(f"defense {repair.defense} with these settings needs a clean model: name a --clean-model")
+    test = _test_set(suspect, loaded, clean_model)
+    clean = _clean_images(suspect, repair, loaded, next(network.parameters()).device)
+    before = _measured(network, test)
+    started = time.monotonic()
+    repaired = module.defend(network, clean, config, suspect.seed, clean_model=clean_model).model
+    seconds = round(time.monotonic() - started, 2)
+    save_file({name: value.cpu().contiguous() for name, value in repaired.state_dict().items()}, repair.output)
+    return {"before": before, "after": _measured(repaired, test), "seconds": seconds, "defense": repair.defense,
+            "clean_images": len(clean.images), "output": str(repair.output)}
+
+
+def usable_devices(choice: str) -> tuple[str, ...]:
+    """Devices for "auto", "cpu" or "cuda"; UserError where there is no CUDA device."""
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA device; leave --device out or say cpu")
+    return default_devices(choice)
+
+
+def _networks(suspect: Suspect, loaded: Dataset) -> tuple[nn.Module, nn.Module | None]:
+    """The checkpoint and, where one is named, the clean model, on the device."""
+    place = usable_devices(suspect.device)[0]
+    torch.set_num_threads(1)  # a second thread beside any busy process costs more than it brings
+
+    def load(path: Path) -> nn.Module:
+        network = load_checkpoint(path, suspect.model, loaded.num_classes)
+        if suspect.normalize != "none":
+            models.normalise_inputs(network, suspect.normalize)
+        return network.to(place)
+
+    return load(suspect.checkpoint), load(suspect.clean_model) if suspect.clean_model else None
+
+
+def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) -> TestSet:
+    """The data set's test images, and their triggered copies where an attack is named."""
+    images, labels, classes = loaded.test_images, loaded.test_labels, loaded.num_classes
+    if suspect.attack is None:
+        if suspect.target is not None:
+            raise UserError("--target without --attack tests nothing; name the attack")
+        return triggered_test_set(images, labels, classes, NONE, None, {}, suspect.seed)
+    module = attack_module(suspect.attack)
+    settings = _settings(f"attack {suspect.attack}", module, suspect.paper, suspect.variant)
+    if suspect.target is not None:
+        if not 0 <= suspect.target < classes:
+            raise UserError(f"--target {suspect.target}: {loaded.name} has labels 0 to {classes - 1}")
+        settings = dataclasses.replace(settings, target=suspect.target)
+    if "clean-model" in module.requires(settings) and clean_model is None:
+        raise UserError(f"attack {suspect.attack} {suspect.variant} builds its trigger on a clean model: name one with "
+                        "--clean-model")
+    state = prepare(suspect.attack, settings, loaded, suspect.seed, suspect.root, clean_model)
+    return triggered_test_set(images, labels, classes, suspect.attack, settings, state, suspect.seed)
+
+
+def _settings(what: str, module: ModuleType, paper: str, variant: str) -> Any:
+    if (paper, variant) not in module.SETTINGS:
+        known = ", ".join(f"--paper {p} --variant {v}" for p, v in module.SETTINGS)
+        raise UserError(f"{what} has no settings for --paper {paper} --variant {variant}: choose {known}")
+    return module.SETTINGS[paper, variant]
+
+
+def _clean_images(suspect: Suspect, repair: Repair, loaded: Dataset, place: torch.device) -> Clean:
+    """What the defense may see, on the device."""
+    if repair.images:
+        clean = load_folder(repair.images, loaded.num_classes)
+    else:
+        clean = clean_subset(loaded.train_images, loaded.train_labels, repair.clean_fraction, suspect.seed,
+                             loaded.num_classes)
+    if not len(clean.images):
+        raise UserError(f"--clean-fraction {repair.clean_fraction} of {len(loaded.train_images)} images is none: "
+                        "raise it")
+    return dataclasses.replace(clean, images=clean.images.to(place), labels=clean.labels.to(place))
+
+
+def _measured(network: nn.Module, test: TestSet) -> dict[str, Any]:
+    """The metrics that apply: without an attack, clean accuracy only."""
+    values = metrics(evaluate(network, test))
+    return values if len(test.index) else {name: values[name] for name in ("acc", "n_clean")}

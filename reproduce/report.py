@@ -1,0 +1,128 @@
+"""The report: tables, figures and claims as files, and one self-contained HTML page that shows them all.
+
+Everything is computed from run folders and is the same, bit for bit, for the same runs: no clock, no random state.
+"""
+
+import base64
+import importlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from reproduce import claims
+from reproduce.protocols import PAPERS, Profile
+from reproduce.results import Results
+from tables import render
+
+STATUSES = ("done", "failed", "damaged", "missing")
+# Fields of environment.json that differ between runs of one machine and so do not tell environments apart.
+PER_RUN = ("source", "finished")
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """What the command line prints. main: the first paper's main table, empty without one; verdicts: claim, verdict."""
+
+    page: Path
+    main: str
+    verdicts: tuple[tuple[str, str], ...]
+    done: int
+    failed: int
+    damaged: int
+    missing: int
+
+    @property
+    def complete(self) -> bool:
+        """Every run of the protocol is there."""
+        return not (self.failed or self.damaged or self.missing)
+
+
+def write_report(results: Results, profile: Profile, folder: Path, command: str) -> ReportSummary:
+    """Write tables/, figures/, claims.json and report.html below `folder`. command: what reproduces all this."""
+    smoke = render.is_smoke(profile)
+    papers = [paper for paper in PAPERS if any(entry.paper == paper for entry in results.entries)]
+    chapters = []
+    for paper in papers:
+        built = importlib.import_module(f"tables.{paper}").tables(results, smoke)
+        drawn = importlib.import_module(f"figures.{paper}").figures(results, smoke)
+        for table in built:
+            render.write(table, folder / "tables", profile)
+        for figure in drawn:
+            figure.write(folder / "figures", smoke)
+        chapters.append({"paper": paper, "name": PAPERS[paper], "tables": built, "figures": drawn})
+    found = claims.claims(results, profile)
+    claims.write(found, folder / "claims.json")
+    runs = _runs(results)
+    counted = Counter(run["status"] for run in runs)
+    page = folder / "report.html"
+    page.write_text(_page(folder, profile, command, chapters, found, runs, counted, results), encoding="utf-8")
+    main = next((table for chapter in chapters for table in chapter["tables"] if table.name == f"{chapter['paper']}-main"),
+                None)
+    return ReportSummary(page, render.text(main, brief=True) if main else "",
+                         tuple((claim.statement, claim.verdict) for claim in found),
+                         *(counted[status] for status in STATUSES))
+
+
+def _runs(results: Results) -> list[dict[str, Any]]:
+    """Every run of the protocol once: name, status, its places in the tables, seconds, and why it failed."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in results.entries:
+        name = entry.task.name
+        if name not in found:
+            run = results.run(entry.task)
+            status = results.store.status(name)
+            found[name] = {"name": name, "status": status, "items": [], "error": "",
+                           "seconds": run.json("metrics")["seconds"] if run else None,
+                           "environment": run.json("environment") if run else {}}
+            if status == "failed":
+                found[name]["error"] = _last_line(results.store.failure(name) or "")
+        labels = " / ".join(str(value) for value in entry.labels.values())
+        found[name]["items"].append(f"{entry.item}: {labels}, seed {entry.task.seed}")
+    return list(found.values())
+
+
+def _last_line(traceback: str) -> str:
+    """The line of a traceback that names the error: the last unindented one."""
+    lines = [line for line in traceback.splitlines() if line.strip() and not line.startswith((" ", "\t"))]
+    return lines[-1] if lines else ""
+
+
+def _environments(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Distinct environments of the finished runs, with how many runs, their seconds and the days they finished on."""
+    groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["environment"]:
+            key = tuple((field, str(value)) for field, value in sorted(run["environment"].items())
+                        if field not in PER_RUN)
+            groups.setdefault(key, []).append(run)
+    found = []
+    for fields, members in groups.items():
+        dates = sorted(str(run["environment"].get("finished", "")) for run in members)
+        found.append({"fields": dict(fields), "count": len(members), "first": dates[0], "last": dates[-1],
+                      "seconds": sum(run["seconds"] for run in members)})
+    return found
+
+
+def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str, Any]], found: list[claims.Claim],
+          runs: list[dict[str, Any]], counted: Counter, results: Results) -> str:
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+                              lstrip_blocks=True, undefined=StrictUndefined)
+
+    def shown(figure: Any) -> dict[str, str]:
+        png = base64.b64encode((folder / "figures" / f"{figure.name}.png").read_bytes()).decode()
+        return {"name": figure.name, "title": figure.title, "caption": figure.caption, "png": png}
+
+    return environment.get_template("report.html.j2").render(
+        profile=profile, smoke=render.is_smoke(profile), command=command, claims=found,
+        seeds=sorted({entry.task.seed for entry in results.entries}),
+        chapters=[{"name": chapter["name"], "paper": chapter["paper"],
+                   "tables": [{"name": table.name, "title": table.title, "html": Markup(render.html(table, profile))}
+                              for table in chapter["tables"]],
+                   "figures": [shown(figure) for figure in chapter["figures"]]}
+                  for chapter in chapters],
+        runs=runs, counted={status: counted[status] for status in STATUSES}, environments=_environments(runs),
+        total=len(runs))

@@ -1,0 +1,57 @@
+"""Protocol entries joined to the runs that exist: what tables, figures and claims are built from."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from reproduce.cells import Task, Victim
+from reproduce.protocols import Entry
+from reproduce.store import Run, Store
+
+MEASURES = ("acc", "acc_nontarget", "asr", "ra", "n_clean", "n_nontarget", "seconds")
+
+
+@dataclass
+class Results:
+    """All entries of one profile and the store their runs are in."""
+
+    store: Store
+    entries: list[Entry]
+
+    def frame(self, paper: str, item: str) -> pd.DataFrame:
+        """One row per entry of a table: its labels, seed, status, run name, and the measures (NaN where not done).
+
+        Measures are in percent, seconds in seconds. Rows keep the protocol's order.
+        """
+        rows = []
+        for entry in self.entries:
+            if (entry.paper, entry.item) != (paper, item):
+                continue
+            name = entry.task.name
+            run = self.run(entry.task)
+            measured = run.json("metrics") if run else {}
+            rows.append({**entry.labels, "seed": entry.task.seed, "run": name, "status": self.store.status(name),
+                         **{key: measured.get(key) for key in MEASURES}})
+        frame = pd.DataFrame(rows)
+        for key in MEASURES:
+            if key in frame:
+                frame[key] = pd.to_numeric(frame[key])
+        return frame
+
+    def run(self, task: Task) -> Run | None:
+        """The finished run of a task."""
+        return self.store.find(task.name)
+
+    def named(self, name: str) -> Run | None:
+        """The finished run of that name."""
+        return self.store.find(name)
+
+    def victims(self, paper: str, item: str) -> dict[tuple[str, int], Run]:
+        """Finished victims behind a table's cells by (attack label, seed)."""
+        found = {}
+        for entry in self.entries:
+            if (entry.paper, entry.item) == (paper, item) and isinstance(entry.task, Victim):
+                run = self.run(entry.task)
+                if run:
+                    found[entry.labels["attack"], entry.task.seed] = run
+        return found

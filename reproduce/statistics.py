@@ -1,0 +1,161 @@
+"""Statistics over seeds and attacks. Every function is pure; percentages in, percentages out.
+
+A seed fixes victim, clean subset and data order for every defense, so defenses are compared on paired differences.
+The interval of a single run, Wilson's, is in `reproduce.metrics`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+ALPHA = 0.05
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its confidence interval; NaN bounds where the data cannot give one."""
+
+    mean: float
+    low: float
+    high: float
+
+    def above(self, value: float) -> bool:
+        """The whole interval lies above `value`."""
+        return self.low > value
+
+    def below(self, value: float) -> bool:
+        """The whole interval lies below `value`."""
+        return self.high < value
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two-sided p-value of a paired comparison over n pairs; `note` says what limits it, empty if nothing does."""
+
+    n: int
+    p: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Paired outcomes of two runs on the same images: how many only the first or only the second got, and p."""
+
+    only_first: int
+    only_second: int
+    p: float
+
+
+def sample_sd(values: Sequence[float]) -> float:
+    """Sample standard deviation (n - 1 in the denominator); NaN for fewer than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Student's interval of the mean: mean +- t(n - 1) SD / sqrt(n)."""
+    return _t(values, 1 / math.sqrt(len(values)) if len(values) else math.nan, level)
+
+
+def prediction_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Where one more run is expected: mean +- t(n - 1) SD sqrt(1 + 1/n) (Hahn & Meeker 1991, ch. 4)."""
+    return _t(values, math.sqrt(1 + 1 / len(values)) if len(values) else math.nan, level)
+
+
+def _t(values: Sequence[float], scale: float, level: float) -> Interval:
+    if not len(values):
+        return Interval(math.nan, math.nan, math.nan)
+    mean, sd = float(np.mean(values)), sample_sd(values)
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * sd * scale if len(values) > 1 else math.nan
+    return Interval(mean, mean - half, mean + half)
+
+
+def paired_t(differences: Sequence[float]) -> PairedTest:
+    """Student's t test of mean difference zero (Student 1908); differences all zero have p = 1."""
+    n = len(differences)
+    if n < 2:
+        return PairedTest(n, math.nan, "needs two pairs")
+    if np.ptp(differences) == 0:
+        return PairedTest(n, 1.0 if differences[0] == 0 else 0.0, "all differences equal")
+    return PairedTest(n, float(stats.ttest_1samp(differences, 0.0).pvalue))
+
+
+def wilcoxon(differences: Sequence[float]) -> PairedTest:
+    """Wilcoxon's signed-rank test (Wilcoxon 1945), two-sided and exact for any n, ties included.
+
+    Zero differences are dropped, as Wilcoxon did; ties get mid-ranks. The null distribution of the rank sum is counted
+    over all 2^n assignments of signs. scipy falls back to a normal approximation when there are ties or zeros.
+    """
+    values = np.round(np.asarray(differences, dtype=float), 9)  # 0.1 + 0.2 and 0.3 are a tie
+    values = values[values != 0]
+    n = len(values)
+    if n == 0:
+        return PairedTest(0, math.nan, "no non-zero difference")
+    doubled = np.rint(2 * stats.rankdata(np.abs(values))).astype(int)  # mid-ranks are multiples of one half
+    counts = np.zeros(doubled.sum() + 1)
+    counts[0] = 1.0
+    for rank in doubled:
+        counts[rank:] += counts[:-rank].copy()
+    positive = int(doubled[values > 0].sum())
+    extreme = min(positive, int(doubled.sum()) - positive)
+    p = min(1.0, 2 * float(counts[:extreme + 1].sum() / counts.sum()))
+    return PairedTest(n, p, f"n = {n}: p cannot fall below {2.0 ** (1 - n):.3g}" if 2.0 ** (1 - n) >= ALPHA else "")
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
+    """Exact McNemar test (McNemar 1947) on paired bool outcomes (N,) of two runs on the same images."""
+    only_first, only_second = int(np.sum(first & ~second)), int(np.sum(second & ~first))
+    discordant = only_first + only_second
+    p = float(stats.binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
+    return McNemar(only_first, only_second, p)
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> Interval:
+    """Difference of two success rates in points, from paired bool outcomes (N,): Wald interval (Agresti 2013, 11.1)."""
+    differences = first.astype(float) - second
+    half = float(stats.norm.ppf((1 + level) / 2)) * float(np.std(differences)) / math.sqrt(len(differences))
+    mean = float(differences.mean())
+    return Interval(100 * mean, 100 * (mean - half), 100 * (mean + half))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Step-down adjusted p-values (Holm 1979): they control the family-wise error. NaN stays NaN and is not counted."""
+    adjusted = [math.nan] * len(p_values)
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def hierarchical_bootstrap(groups: Sequence[Sequence[float]], level: float = LEVEL, draws: int = DRAWS,
+                           seed: int = 0) -> Interval:
+    """Mean over groups of the mean within each, with a percentile interval from a two-stage bootstrap.
+
+    Each draw resamples the groups (attacks), then the values (seeds) within each drawn group (Davison & Hinkley 1997,
+    section 3.8), so it covers other attacks of the same kind as well as other seeds. The generator is fixed: the same
+    values give the same interval. A single value has none (NaN).
+    """
+    groups = [np.asarray(group, dtype=float) for group in groups if len(group)]
+    if not groups:
+        return Interval(math.nan, math.nan, math.nan)
+    mean = float(np.mean([group.mean() for group in groups]))
+    sizes = np.array([len(group) for group in groups])
+    if sizes.sum() == 1:
+        return Interval(mean, math.nan, math.nan)
+    padded = np.zeros((len(groups), sizes.max()))
+    for row, group in zip(padded, groups, strict=True):
+        row[:len(group)] = group
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(groups), size=(draws, len(groups), 1))
+    size = sizes[drawn]
+    within = (generator.random((draws, len(groups), padded.shape[1])) * size).astype(int)
+    counted = np.arange(padded.shape[1]) < size
+    means = np.where(counted, padded[drawn, within], 0.0).sum(2) / size[..., 0]
+    low, high = np.quantile(means.mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))

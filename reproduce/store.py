@@ -1,0 +1,214 @@
+"""Run folders: written whole or not at all, checksummed, safe to load, shared by concurrent processes.
+
+    <root>/runs/<name>/              one finished run
+        config.json                  what was run: the whole identity
+        environment.json             versions, hardware, commit, hash of the method's source
+        metrics.json                 ACC, ASR, RA, counts, seconds, what the method reports
+        history.jsonl                one line per epoch
+        predictions.npz              per-sample predicted labels
+        samples.npz                  a few images and attention maps for the figures
+        model.safetensors            weights (and trigger.safetensors: the trigger's state, with a victim)
+        manifest.json                SHA-256 of each file
+        done                         SHA-256 of the manifest; written last
+    <root>/failed/<name>.txt         traceback of a run that failed
+    <root>/progress/<name>           last finished epoch of a training under way
+    <root>/locks/<name>              held while a process computes the run
+
+A run is assembled in a temporary folder and renamed into place. Whatever does not match its checksums is reported,
+moved aside and computed again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from reproduce.metrics import Predictions
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished, verified run folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def json(self, name: str) -> dict[str, Any]:
+        """config, environment or metrics."""
+        return json.loads((self.path / f"{name}.json").read_text())
+
+    def history(self) -> list[dict[str, Any]]:
+        """One row per epoch: phase, epoch, rate, loss and its terms, train_acc; acc, asr where asked for."""
+        return [json.loads(line) for line in (self.path / "history.jsonl").read_text().splitlines()]
+
+    def predictions(self) -> Predictions:
+        """Per-sample predictions."""
+        return Predictions(**self.arrays("predictions"))
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of predictions.npz or samples.npz."""
+        with np.load(self.path / f"{name}.npz", allow_pickle=False) as archive:
+            return dict(archive)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of model.safetensors or trigger.safetensors."""
+        return tensors_from_bytes((self.path / f"{name}.safetensors").read_bytes())
+
+
+class Store:
+    """All runs below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, name: str) -> Run | None:
+        """The run, if it is finished and matches its checksums."""
+        path = self.root / "runs" / name
+        return Run(path) if path.is_dir() and damage(path) is None else None
+
+    def status(self, name: str) -> str:
+        """done, failed, damaged or missing."""
+        path = self.root / "runs" / name
+        if path.is_dir():
+            return "done" if damage(path) is None else "damaged"
+        return "failed" if self.failure(name) is not None else "missing"
+
+    def failure(self, name: str) -> str | None:
+        """Traceback of the last failed attempt."""
+        path = self.root / "failed" / f"{name}.txt"
+        return path.read_text() if path.exists() else None
+
+    def fail(self, name: str, traceback: str) -> None:
+        """Keep the traceback of a failed attempt."""
+        _write_atomically(self.root / "failed" / f"{name}.txt", traceback.encode())
+
+    def set_aside(self, name: str) -> str | None:
+        """Move a damaged run out of the way; says what was wrong with it, None if there was nothing to move."""
+        path = self.root / "runs" / name
+        if not path.is_dir() or (reason := damage(path)) is None:
+            return None
+        target = self.root / "damaged" / f"{name}-{uuid.uuid4().hex[:8]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+        return reason
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Only one process computes a run; the others wait here. The lock dies with its holder."""
+        path = self.root / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def write(self, name: str, *, config: dict, environment: dict, metrics: dict, history: list[dict],
+              arrays: dict[str, dict[str, np.ndarray]], tensors: dict[str, dict[str, Tensor]]) -> Run:
+        """Assemble and publish a run. `arrays` and `tensors` map file stem -> content."""
+        partial = self.root / "partial" / f"{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        partial.mkdir(parents=True)
+        for stem, content in (("config", config), ("environment", environment), ("metrics", metrics)):
+            (partial / f"{stem}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        (partial / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+        for stem, content in arrays.items():
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **content)
+            (partial / f"{stem}.npz").write_bytes(buffer.getvalue())
+        for stem, content in tensors.items():
+            contiguous = {key: value.detach().cpu().contiguous() for key, value in content.items()}
+            (partial / f"{stem}.safetensors").write_bytes(tensors_to_bytes(contiguous))
+        manifest = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (partial / "done").write_text(_sha256(partial / "manifest.json") + "\n")
+        target = self.root / "runs" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(target)
+        (self.root / "failed" / f"{name}.txt").unlink(missing_ok=True)
+        self.progress(name).clear()
+        return Run(target)
+
+    def progress(self, name: str) -> "Progress":
+        """The resumable state of one training."""
+        return Progress(self.root / "progress" / name)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written more than a day ago."""
+        for path in (self.root / "partial").glob("*"):
+            if time.time() - path.stat().st_mtime > 86400:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class Progress:
+    """The last finished epoch of a training, in one file: SHA-256, then safetensors with the history as metadata.
+
+    Saved at most every `interval` seconds; a file that does not match its checksum is ignored.
+    """
+
+    interval = 10.0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.saved_at = time.monotonic()
+
+    def load(self) -> tuple[int, dict[str, Tensor], list[dict[str, float]]] | None:
+        if not self.path.exists():
+            return None
+        content = self.path.read_bytes()
+        digest, history_length, body = content[:32], int.from_bytes(content[32:40], "little"), content[40:]
+        if hashlib.sha256(body).digest() != digest:
+            return None
+        history = json.loads(body[:history_length])
+        return len(history), tensors_from_bytes(body[history_length:]), history
+
+    def save(self, epoch: int, tensors: dict[str, Tensor], history: list[dict[str, float]]) -> None:
+        if time.monotonic() - self.saved_at < self.interval:
+            return
+        text = json.dumps(history).encode()
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        body = text + tensors_to_bytes(contiguous)
+        _write_atomically(self.path, hashlib.sha256(body).digest() + len(text).to_bytes(8, "little") + body)
+        self.saved_at = time.monotonic()
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a run folder, None if every file is there and matches its checksum."""
+    try:
+        if (path / "done").read_text().strip() != _sha256(path / "manifest.json"):
+            return "manifest.json does not match its checksum"
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, digest in manifest.items():
+            if _sha256(path / name) != digest:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError as missing:
+        return f"{Path(missing.filename).name} is missing"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""Tables: one file per paper, a function per table; `render` writes them, `layout` builds what they share."""

@@ -1,0 +1,278 @@
+"""What the papers' tables share: estimates over seeds, marks for the best, a list shape and an attack grid."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from reproduce.metrics import wilson
+from reproduce.results import Results
+from reproduce.statistics import (
+    ALPHA,
+    Interval,
+    McNemar,
+    PairedTest,
+    hierarchical_bootstrap,
+    holm,
+    mcnemar,
+    paired_t,
+    sample_sd,
+    t_interval,
+)
+from tables.render import BEST, MISSING, TIED, Table, Value, heading
+
+PUBLISHED = Path(__file__).parent / "published"
+BEFORE = "Before"
+TOOK = 50.0     # percent: below this ASR before the defense, there is no backdoor worth erasing
+PERCENT = ("acc", "acc_nontarget", "asr", "ra")
+COUNT = {"acc": "n_clean", "acc_nontarget": "n_nontarget", "asr": "n_nontarget", "ra": "n_nontarget"}
+MARKS = ("Bold: best mean of the column's defenses; underlined (italic in Markdown): not significantly worse than it "
+         "(paired over seeds: t test; with one seed exact McNemar over test images; Holm within the column, 5 %). With "
+         "two or three seeds hardly any difference is significant.")
+SPREAD = ("Percent, mean ± sample SD over seeds; with one seed, the value and its 95 % Wilson interval. "
+          "- : not available.")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over n seeds; sd (sample) from two seeds on; a 95 % interval by `method`: "t", or "Wilson" with one seed."""
+
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+    method: str
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.mean, self.low, self.high)
+
+    def text(self, digits: int = 2) -> str:
+        """mean ± SD, with one seed value [low, high], - without any."""
+        if self.n == 0:
+            return MISSING
+        if self.n > 1:
+            return f"{self.mean:.{digits}f} ± {self.sd:.{digits}f}"
+        bounds = "" if math.isnan(self.low) else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"{self.mean:.{digits}f}{bounds}"
+
+
+def present(results: Results, paper: str, item: str) -> bool:
+    """Whether the protocol entries at hand include this item."""
+    return any((entry.paper, entry.item) == (paper, item) for entry in results.entries)
+
+
+def measured(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """The rows with a number for this measure."""
+    return rows[(rows.status == "done") & rows[measure].notna()]
+
+
+def estimate(rows: pd.DataFrame, measure: str) -> Estimate:
+    """Over the finished runs among `rows` of a results frame."""
+    rows = measured(rows, measure)
+    values = rows[measure].to_list()
+    if not values:
+        return Estimate(0, math.nan, math.nan, math.nan, math.nan, "")
+    if len(values) == 1:
+        low, high = math.nan, math.nan
+        if measure in PERCENT:
+            trials = int(rows[COUNT[measure]].iloc[0])
+            low, high = wilson(round(values[0] / 100 * trials), trials)
+        return Estimate(1, values[0], math.nan, low, high, "Wilson" if measure in PERCENT else "")
+    interval = t_interval(values)
+    top = 100.0 if measure in PERCENT else math.inf
+    return Estimate(len(values), interval.mean, sample_sd(values), max(0.0, interval.low), min(top, interval.high), "t")
+
+
+def estimates(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """One row per group and measure: keys, measure, n, mean, sd, low, high, interval, mark (empty), runs.
+
+    Groups keep the protocol's order; groups without a finished run are kept with n = 0.
+    """
+    rows = []
+    for group, part in frame.groupby(list(keys), sort=False):
+        for measure in measures:
+            value = estimate(part, measure)
+            rows.append({**dict(zip(keys, group, strict=True)), "measure": measure, "n": value.n, "mean": value.mean,
+                         "sd": value.sd, "low": value.low, "high": value.high, "interval": value.method, "mark": "",
+                         "runs": " ".join(measured(part, measure).run)})
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A measure of two runs on the same victim."""
+
+    attack: str
+    first: float
+    second: float
+    run_first: str
+    run_second: str
+
+    @property
+    def difference(self) -> float:
+        return self.first - self.second
+
+
+def pairs(first: pd.DataFrame, second: pd.DataFrame, measure: str) -> list[Pair]:
+    """Finished runs of both sides with the same attack (where rows have one) and seed."""
+    def keyed(rows: pd.DataFrame) -> dict[tuple[str, int], tuple[float, str]]:
+        rows = measured(rows, measure)
+        attacks = rows.attack if "attack" in rows else [""] * len(rows)
+        return dict(zip(zip(attacks, rows.seed, strict=True), zip(rows[measure], rows.run, strict=True), strict=True))
+
+    left, right = keyed(first), keyed(second)
+    return [Pair(key[0], left[key][0], right[key][0], left[key][1], right[key][1]) for key in left if key in right]
+
+
+def differences(paired: list[Pair]) -> dict[str, list[float]]:
+    """First minus second, per attack."""
+    found: dict[str, list[float]] = {}
+    for pair in paired:
+        found.setdefault(pair.attack, []).append(pair.difference)
+    return found
+
+
+def outcomes(results: Results, name: str, measure: str) -> np.ndarray:
+    """Per-sample success of a finished run, bool (N,)."""
+    run = results.named(name)
+    assert run is not None, f"{name} was finished a moment ago"
+    return run.predictions().hits()[measure]
+
+
+def compare(results: Results, first: pd.DataFrame, second: pd.DataFrame, measure: str) -> PairedTest:
+    """Two defenses on the same victims: paired t over seeds, exact McNemar where there is one seed only."""
+    paired = pairs(first, second, measure)
+    if len(paired) == 1:
+        return PairedTest(1, by_image(results, paired[0], measure).p)
+    return paired_t([pair.difference for pair in paired])
+
+
+def by_image(results: Results, pair: Pair, measure: str) -> McNemar:
+    """The two runs of a pair, test image by test image."""
+    return mcnemar(outcomes(results, pair.run_first, measure), outcomes(results, pair.run_second, measure))
+
+
+def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequence[str],
+         within: Sequence[str]) -> pd.DataFrame:
+    """`data` with BEST and TIED set: per group of `within` and measure, among the compared rows except "Before"."""
+    data = data.copy()
+    groups = dict(iter(frame.groupby(list(keys), sort=False)))
+    compared = data[(data.n > 0) & data.measure.isin(PERCENT)]
+    if "defense" in keys:
+        compared = compared[compared.defense != BEFORE]
+    for _group, candidates in compared.groupby([*within, "measure"], sort=False):
+        if len(candidates) < 2:
+            continue
+        measure = candidates.measure.iloc[0]
+        best = candidates["mean"].idxmin() if measure == "asr" else candidates["mean"].idxmax()
+        others = [i for i in candidates.index if i != best]
+        rows = {i: groups[tuple(data.loc[i, list(keys)])] for i in candidates.index}
+        adjusted = holm([compare(results, rows[i], rows[best], measure).p for i in others])
+        data.loc[best, "mark"] = BEST
+        data.loc[[i for i, p in zip(others, adjusted, strict=True) if p >= ALPHA], "mark"] = TIED
+    return data
+
+
+def printed(row: pd.Series, digits: int = 2) -> Value:
+    """The cell for one row of `estimates`."""
+    value = Estimate(int(row.n), row["mean"], row.sd, row.low, row.high, row.interval)
+    return Value(value.text(digits), row["mark"], tuple(row.runs.split()))
+
+
+def counts(values: Sequence[int]) -> str:
+    """How many seeds: "6", or "2–6" where cells differ."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def table(name: str, title: str, caption: str, frame: pd.DataFrame, data: pd.DataFrame,
+          source: pd.DataFrame) -> Table:
+    """A Table whose seeds and runs are the finished ones of the results frame `source`."""
+    done = source[source.status == "done"]
+    return Table(name, title, caption, frame, data, tuple(sorted({int(seed) for seed in done.seed})),
+                 tuple(dict.fromkeys(done.run)))
+
+
+def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name: str, title: str, caption: str,
+            within: Sequence[str] = (), measures: Sequence[str] = PERCENT) -> Table:
+    """One row per group of `keys` (label -> heading), one column per measure, and n. Marks compare rows that agree
+    in `within`."""
+    data = mark(results, frame, estimates(frame, list(keys), measures), list(keys), within)
+    rows = []
+    for group, part in data.groupby(list(keys), sort=False):
+        cells = {heading(row.measure): printed(row) for _, row in part.iterrows()}
+        rows.append({**dict(zip(keys.values(), group, strict=True)), **cells, "n": Value(counts(part.n.to_list()))})
+    return table(name, title, f"{caption} {SPREAD} n: seeds. {MARKS}", pd.DataFrame(rows), data, frame)
+
+
+def victims_asr(frame: pd.DataFrame) -> dict[str, float]:
+    """Mean ASR before any defense, by attack; attacks without a finished victim are absent."""
+    before = measured(frame[frame.defense == BEFORE], "asr")
+    return before.groupby("attack", sort=False).asr.mean().to_dict()
+
+
+def not_taken(frame: pd.DataFrame) -> list[str]:
+    """Attacks whose victims show no working backdoor."""
+    return [attack for attack, asr in victims_asr(frame).items() if asr < TOOK]
+
+
+def common(frame: pd.DataFrame, keys: Sequence[str], measure: str) -> pd.DataFrame:
+    """Finished runs on the (attack, seed) pairs that every group of `keys` with any finished run has."""
+    done = measured(frame, measure)
+    groups = done.groupby(list(keys), sort=False).ngroups
+    return done[done.groupby(["attack", "seed"]).run.transform("size") == groups]
+
+
+def averages(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """Mean over attacks per group, with a hierarchical bootstrap interval, on the (attack, seed) pairs all groups have.
+
+    Columns: keys, attacks ("all", and "working backdoors" where some did not take), measure, n_attacks, n (runs), mean,
+    low, high, runs.
+    """
+    rows = []
+    weak = not_taken(frame)
+    for which, part in (("all", frame), ("working backdoors", frame[~frame.attack.isin(weak)]))[:1 + bool(weak)]:
+        for measure in measures:
+            shared = common(part, keys, measure)
+            for group, runs in shared.groupby(list(keys), sort=False):
+                by_attack = [values[measure].to_list() for _, values in runs.groupby("attack", sort=False)]
+                interval = hierarchical_bootstrap(by_attack)
+                rows.append({**dict(zip(keys, group, strict=True)), "attacks": which, "measure": measure,
+                             "n_attacks": len(by_attack), "n": len(runs), "mean": interval.mean, "low": interval.low,
+                             "high": interval.high, "runs": " ".join(runs.run)})
+    return pd.DataFrame(rows)
+
+
+def attack_grid(results: Results, frame: pd.DataFrame, *, name: str, title: str, caption: str,
+                measures: Sequence[str] = ("asr", "acc")) -> Table:
+    """A paper's main table: one row per attack, a group of columns per defense, and averages over attacks."""
+    keys = ["attack", "defense"]
+    data = mark(results, frame, estimates(frame, keys, measures), keys, ["attack"])
+    weak = not_taken(frame)
+    rows = []
+    for attack, part in data.groupby("attack", sort=False):
+        cells = {(row.defense, heading(row.measure)): printed(row, 1) for _, row in part.iterrows()}
+        rows.append({("", "Attack"): f"{attack} †" if attack in weak else attack,
+                     ("", "n"): counts(part.n.to_list()), **cells})
+    means = averages(frame, ["defense"], measures)
+    for which in ("all", "working backdoors") if weak else ("all",):
+        part = means[means.attacks == which] if len(means) else means
+        if not len(part):
+            continue
+        cells = {(row.defense, heading(row.measure)): Value(f"{row['mean']:.1f}", runs=tuple(row.runs.split()))
+                 for _, row in part.iterrows()}
+        rows.append({("", "Attack"): "Average" if which == "all" else "Average, without †",
+                     ("", "n"): counts(part.n_attacks.to_list()) + " attacks", **cells})
+    shown = pd.DataFrame(rows).fillna(Value(MISSING))
+    shown.columns = pd.MultiIndex.from_tuples(shown.columns)
+    extra = {"attack": "average, " + means.attacks + " (" + means.n_attacks.astype(str) + ")", "sd": math.nan,
+             "interval": "hierarchical bootstrap", "mark": ""} if len(means) else {}
+    numbers = pd.concat([data, means.assign(**extra)[data.columns]]) if len(means) else data
+    flagged = f" † ASR before any defense below {TOOK:.0f} %: the attack did not take." if weak else ""
+    return table(name, title, f"{caption} {SPREAD} n: seeds per cell. Averages: over attacks, on the (attack, seed) "
+                 f"pairs finished for every defense shown.{flagged} {MARKS}", shown, numbers, frame)

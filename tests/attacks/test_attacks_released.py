@@ -1,0 +1,119 @@
+"""NAD's released triggers, byte for byte.
+
+The expected hashes are SHA-256 of what the official per-image code (bboylyg/NAD@f17b713 data_loader.py) returns for the
+64 images of `random_images()`, stacked as uint8 (64, 32, 32, 3); numpy's global generator seeded with 7 before Blend.
+The same code and ours were also compared on the first 5,000 CIFAR-10 training images: equal.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from attacks import badnets, blend, sig, trojan
+from reproduce.data.auxiliary import released_array
+from reproduce.poisoning import Context
+from tests.attacks.stand_ins import random_images, stand_in_array
+
+GRID = "9e4eb9c16e987c337b587637b3922839c19f47d8d661e803a23c145590594d91"  # data_loader.py:307, _gridTriger
+SQUARE = "640410dc07d938f5bd447b0e0103c9ab8887117d795aba8626f87115aac96ab2"  # data_loader.py:300, distance 1
+BLEND = "6e57b34a867cd8c6f95faabc7372ff4a459796d1151760f02a26d2725719edc4"  # data_loader.py:392
+SIG = "4484fbf0925819c330bad8ffe9a6f6dc07140d70df6129141161127b75328ca1"  # data_loader.py:401
+TROJAN = "545b858f141018d0421bc9e6f9c1a586b976ea3cc22c8b41f56df0d5c56e9dc3"  # data_loader.py:410
+
+
+def digest(images: Tensor) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()).tobytes()).hexdigest()
+
+
+@pytest.fixture(params=["channels-last", "contiguous"])
+def images(request: pytest.FixtureRequest) -> Tensor:
+    return random_images() if request.param == "channels-last" else random_images().contiguous()
+
+
+def released_trojan(images: Tensor, array: np.ndarray) -> Tensor:
+    config = trojan.SETTINGS["nad", "released"]
+    labels = torch.zeros(len(images), dtype=torch.long)
+    state = trojan.prepare(config, Context(images, labels, 10, 0, array=lambda name: array))
+    return trojan.apply(images, config, state, 0, "test")
+
+
+def test_grid(images: Tensor) -> None:
+    assert digest(badnets.apply(images, badnets.SETTINGS["nad", "released"], {}, 0, "test")) == GRID
+
+
+def test_square_one_pixel_from_the_border(images: Tensor) -> None:
+    config = badnets.Config(pattern=badnets.SQUARE, row=-4, column=-4)
+    assert digest(badnets.apply(images, config, {}, 0, "test")) == SQUARE
+
+
+def test_pattern_anywhere() -> None:
+    config = badnets.Config(pattern=((255, 128, 255), (128, 255, 128), (255, 128, 128)), row=18, column=18)
+    images = random_images(2)
+    result = badnets.apply(images, config, {}, 0, "test")
+    for channel in range(3):
+        assert result[1, channel, 18:21, 18:21].tolist() == [list(row) for row in config.pattern]
+    changed = (result != images).any(1).any(0).nonzero()
+    assert changed.min() >= 18 and changed.max() <= 20
+
+
+def test_blend(images: Tensor) -> None:
+    noise = blend.grey_noise(images, np.random.RandomState(7))
+    assert digest(blend.mix(images, noise, blend.SETTINGS["nad", "released"].ratio)) == BLEND
+
+
+def test_whole_number_blend_equals_float64_for_every_pair_of_pixels() -> None:
+    x, k = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    expected = ((1 - 0.2) * x + 0.2 * k).astype(np.uint8)
+    result = blend.mix(torch.from_numpy(x)[None, None], torch.from_numpy(k)[None, None], 0.2)
+    assert np.array_equal(result[0, 0].numpy(), expected)
+
+
+def test_sig(images: Tensor) -> None:
+    assert digest(sig.apply(images, sig.SETTINGS["nad", "released"], {}, 0, "test")) == SIG
+
+
+def test_sig_mask_is_the_wrapped_sine() -> None:
+    mask = sig.wrapped_mask(sig.SETTINGS["nad", "released"], 32).tolist()
+    assert mask == [int(20 * np.sin(0.8 * j)) % 256 for j in range(32)]
+
+
+def test_trojan_adds_modulo_256(images: Tensor) -> None:
+    array = stand_in_array()
+    result = released_trojan(images, array)
+    expected = (images.permute(0, 2, 3, 1).numpy() + array.transpose(1, 2, 0)).astype(np.int64) % 256
+    assert np.array_equal(result.permute(0, 2, 3, 1).numpy(), expected)
+    assert (result < images).any()  # some pixels did wrap around
+
+
+@pytest.mark.data
+def test_trojan_with_the_released_array(images: Tensor, data_root: Path) -> None:
+    array = released_array(data_root, trojan.SETTINGS["nad", "released"].array)
+    assert digest(released_trojan(images, array)) == TROJAN
+
+
+@pytest.mark.data
+def test_sig_mask_is_the_released_array(data_root: Path) -> None:
+    mask = sig.wrapped_mask(sig.SETTINGS["nad", "released"], 32)
+    expected = released_array(data_root, "signal_cifar10_mask.npy")
+    assert np.array_equal(mask.expand(32, -1).numpy(), expected)
+
+
+def test_fresh_noise_differs_between_images_and_splits() -> None:
+    config = blend.SETTINGS["nad", "released"]
+    grey = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
+    train, test = (blend.apply(grey, config, {}, 0, split) for split in ("train", "test"))
+    assert not torch.equal(train[0], train[1]) and not torch.equal(train, test)
+    assert torch.equal(train[:, 0], train[:, 2])  # grey
+    assert not torch.equal(train, blend.apply(grey, config, {}, 1, "train"))
+
+
+def test_settings_that_do_not_differ_share_a_victim() -> None:
+    assert badnets.SETTINGS["nad", "described"] == badnets.SETTINGS["nad", "released"]
+    for module in (blend, sig, trojan):
+        described, released = module.SETTINGS["nad", "described"], module.SETTINGS["nad", "released"]
+        assert dataclasses.asdict(described) != dataclasses.asdict(released)

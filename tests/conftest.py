@@ -1,0 +1,30 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure() -> None:
+    # The tests run in several processes; torch threads of one would spin against those of the others.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def data_root(request: pytest.FixtureRequest) -> Path:
+    """The folder with the real data sets, for tests marked `data`; skips where there is none."""
+    assert request.node.get_closest_marker("data"), "mark tests that use data_root with @pytest.mark.data"
+    root = Path(os.environ.get("BACKDOOR_DATA", ROOT / "data"))
+    if not root.is_dir():
+        pytest.skip(f"no data sets at {root}; set BACKDOOR_DATA")
+    return root

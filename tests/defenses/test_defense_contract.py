@@ -1,0 +1,62 @@
+"""Every file in defenses/, at every one of its settings, keeps the contract of defenses/__init__.py."""
+
+import dataclasses
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from reproduce.defending import Defended, defense_module
+from reproduce.models import build
+from reproduce.plugins import names
+
+MODULES = names(Path(__file__).parents[2] / "defenses")
+CASES = [(name, *key) for name in MODULES for key in defense_module(name).SETTINGS]
+
+
+def test_the_baselines_of_nad_are_there():
+    assert {"ft", "fp", "mcr", "nad"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_has_what_a_defense_module_has(name):
+    module = defense_module(name)
+    assert module.Config.__dataclass_params__.frozen
+    assert module.SETTINGS and all(isinstance(config, module.Config) for config in module.SETTINGS.values())
+    assert module.__doc__ and callable(module.defend)
+
+
+@pytest.mark.parametrize(("name", "paper", "variant"), CASES)
+def test_settings_survive_json(name, paper, variant):
+    module = defense_module(name)
+    config = module.SETTINGS[paper, variant]
+    assert module.requires(config) <= {"clean-model"}
+    json.dumps(dataclasses.asdict(config), allow_nan=False)
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize(("name", "paper", "variant"), CASES)
+def test_defends_a_copy_repeatably_and_reports(name, paper, variant, victim, clean, shorten, same):
+    module = defense_module(name)
+    config = shorten(module.SETTINGS[paper, variant])
+    other = build("wrn-10-1", 10, seed=9).eval() if "clean-model" in module.requires(config) else None
+    before, images, labels, heard = deepcopy(victim), clean.images.clone(), clean.labels.clone(), []
+
+    def observe(phase, epoch, epochs, model, row):
+        assert 1 <= epoch <= epochs and not model.training and isinstance(model, nn.Module)
+        heard.append((phase, epoch, row["loss"]))
+
+    first = module.defend(victim, clean, config, 5, observe=observe, clean_model=other)
+    second = module.defend(victim, clean, config, 5, clean_model=other)
+    third = module.defend(victim, clean, config, 6, clean_model=other)
+
+    assert same(victim, before) and victim.training and all(p.requires_grad for p in victim.parameters())
+    assert clean.images.equal(images) and clean.labels.equal(labels)
+    assert isinstance(first, Defended) and type(first.model) is type(victim) and not first.model.training
+    assert not {p.data_ptr() for p in first.model.parameters()} & {p.data_ptr() for p in victim.parameters()}
+    assert same(first.model, second.model) and not same(first.model, third.model)
+    assert not same(first.model, victim)
+    assert heard and len({(phase, epoch) for phase, epoch, _ in heard}) == len(heard), "phases must have distinct names"
+    json.dumps(first.info, allow_nan=False)

@@ -1,0 +1,70 @@
+"""Fine-Pruning: the ranking, the stopping rule, and that what is pruned stays pruned."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from defenses import fp
+from reproduce.data.augment import to_input
+from reproduce.models.taps import features
+
+
+def test_activations_are_the_classifier_input(victim, clean):
+    model = fp.deepcopy(victim).eval()
+    seen = []
+    model.fc.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(to_input(clean.images))
+    torch.testing.assert_close(fp.activations(model, clean.images), seen[0], atol=1e-5, rtol=1e-5)
+
+
+def test_pruning_curve_is_the_accuracy_of_the_pruned_model(victim, clean):
+    model = fp.deepcopy(victim).eval()
+    active = fp.activations(model, clean.images)
+    order = active.mean(0).argsort()
+    curve = fp.pruning_curve(active, clean.labels, order, model.fc)
+    assert len(curve) == 64
+    for count in (0, 20, 63):
+        pruned = fp.deepcopy(model)
+        fp.prune(pruned, order[:count])
+        with torch.no_grad():
+            accuracy = 100 * (pruned(to_input(clean.images)).argmax(1) == clean.labels).float().mean().item()
+        assert curve[count] == pytest.approx(accuracy, abs=1.01)    # one image may sit on a tie
+
+
+@pytest.mark.parametrize(("curve", "count"), [
+    ([90.0, 90.0, 87.0, 85.0, 90.0], 2),    # stops before the first drop beyond 4 points, whatever comes later
+    ([90.0, 91.0, 92.0, 93.0], 3),          # never prunes the last channel
+    ([90.0, 50.0], 0),
+    ([90.0, 86.0, 85.9], 1),                # exactly 4 points are allowed
+])
+def test_stopping_rule(curve, count):
+    assert fp.pruned_count(curve, 4.0) == count
+
+
+def test_prunes_the_least_active_and_keeps_them_at_zero(victim, clean, shorten):
+    result = fp.defend(victim, clean, shorten(replace(fp.Config(), tolerance=10.0), epochs=2), 5)
+    pruned = result.info["pruned"]
+    assert 0 < len(pruned) < result.info["channels"] == 64
+    assert result.info["validation_acc"] - result.info["validation_acc_pruned"] <= 10.0
+    kept = sorted(set(range(64)) - set(pruned))
+    # On images unlike any it was trained on.
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for model in (result.model, fp.deepcopy(result.model).train()):
+        with torch.no_grad():
+            _, (output,) = features(model, to_input(images), ("bn1",))
+        assert (output[:, pruned] == 0).all() and (output[:, kept] != 0).any()
+    ranking, _ = fp.split_validation(clean, fp.Config().validation, 5)
+    mean = fp.activations(fp.deepcopy(victim).eval(), ranking.images).mean(0)
+    assert mean[pruned].max() <= mean[kept].min()
+
+
+def test_pruned_channels_stay_at_zero_without_the_dead_relu(victim, clean):
+    """The projection holds them, not the accident that a channel of constant 0 gets no gradient."""
+    model = fp.deepcopy(victim)
+    channels = torch.tensor([3, 5])
+    torch.nn.init.ones_(model.bn1.bias)
+    fp.prune(model, channels)
+    assert (model.bn1.weight[channels] == 0).all() and (model.bn1.bias[channels] == 0).all()
+    assert (model.bn1.bias != 0).sum() == 62
