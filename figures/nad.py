@@ -129,9 +129,8 @@ def augmentation(results: Results) -> Figure | None:
     data = done(rows(results, "augmentation", "victim", "defense"), ["victim", "defense"], ("asr", "acc"))
     if not len(data):
         return None
-    shown = data.assign(victim=data.victim.str.replace(" (", "\n(", regex=False).str.replace("standard ", "standard\n"))
     return Figure("augmentation", "NAD: augmentation in the victim's training", f"BadNets. {BARS} {seeds(data)}.",
-                  lambda: dots(shown, "victim", "defense", ("asr", "acc")), data, seeds(data))
+                  lambda: dots(data, "victim", "defense", ("asr", "acc")), data, seeds(data))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The shared look of all figures, and how they are written: PDF, PNG and the data behind them as CSV."""
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ class Figure:
             above = "   ".join(filter(None, [self.note, SMOKE if smoke else ""]))
             if above:
                 canvas.suptitle(above, x=0.995, ha="right", fontsize=7.5, color="firebrick" if smoke else "0.35")
-            # Laid out once: every save would do it again.
-            canvas.draw_without_rendering()
+            # Laid out once for both files; one pass leaves long labels cut off.
+            for _ in range(2):
+                canvas.get_layout_engine().execute(canvas)
             canvas.set_layout_engine("none")
             # Without these dates and version stamps two writes of one figure are identical.
             canvas.savefig(folder / f"{self.name}.pdf", metadata={"CreationDate": None, "ModDate": None})
@@ -113,7 +115,9 @@ def dots(data: pd.DataFrame, row: str, series: str | None, measures: Sequence[st
     """Horizontal dot plot: a line per `row`, a dot per `series` in it, a panel per measure, 95 % intervals."""
     rows = list(dict.fromkeys(data[row]))
     names = list(dict.fromkeys(data[series])) if series else [""]
-    height = max(1.5, 0.75 + len(rows) * (0.13 * len(names) + 0.14))
+    labels = [textwrap.fill(value, 26) for value in rows]
+    lines_high = max(len(names), *(label.count("\n") + 1 for label in labels))
+    height = max(1.5, 0.75 + len(rows) * (0.13 * lines_high + 0.14))
     with panels(height, measures, share_y=True) as (figure, axes):
         for axis, measure in zip(axes, measures, strict=True):
             for i, name in enumerate(names):
@@ -123,7 +127,7 @@ def dots(data: pd.DataFrame, row: str, series: str | None, measures: Sequence[st
                 axis.errorbar(part["mean"], [rows.index(value) + offset for value in part[row]], xerr=errors(part),
                               fmt=marker, color=colour, elinewidth=0.9, label=name)
             axis.set(xlabel=LABELS[measure], ylim=(len(rows) - 0.5, -0.5))
-            axis.set_yticks(range(len(rows)), rows)
+            axis.set_yticks(range(len(rows)), labels)
             axis.grid(axis="y", visible=False)
             for edge in range(1, len(rows)):
                 axis.axhline(edge - 0.5, color="0.9", linewidth=0.5)

@@ -60,22 +60,36 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Published:
+    """A checkpoint its authors published: where it is below the data root, its SHA-256, and where it comes from."""
+
+    file: str
+    sha256: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Victim(Task):
-    """A model trained on poisoned data; attack "none" with settings None is a clean model."""
+    """A model trained on poisoned data; attack "none" with settings None is a clean model.
+
+    With `published` the model is that checkpoint and nothing is trained; recipe then is None.
+    """
 
     dataset: str
     model: str
-    recipe: Recipe
+    recipe: Recipe | None
     seed: int
     attack: str = NONE
     settings: Any = None
+    published: Published | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "victim", "dataset": self.dataset, "model": self.model, "recipe": plain(self.recipe),
-                "seed": self.seed, "attack": self.attack, "settings": plain(self.settings)}
+        described = {"kind": "victim", "dataset": self.dataset, "model": self.model, "recipe": plain(self.recipe),
+                     "seed": self.seed, "attack": self.attack, "settings": plain(self.settings)}
+        return described | ({"published": self.published.sha256} if self.published else {})
 
     def label(self) -> str:
-        return f"victim-{self.attack}"
+        return f"{'published' if self.published else 'victim'}-{self.attack}"
 
     def needs(self) -> list["Victim"]:
         if self.attack != NONE and "clean-model" in attack_module(self.attack).requires(self.settings):

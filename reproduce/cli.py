@@ -171,11 +171,15 @@ def _list(tasks: list[Task], store: Store, jobs: int) -> None:
 
 def _report(results: Results, profile: Profile, folder: Path) -> int:
     summary = write_report(results, profile, folder, shlex.join(["./run_all.sh", *sys.argv[2:]]))
-    click.echo(summary.main_table)
-    click.echo(f"tables {folder / 'tables'}\nfigures {folder / 'figures'}\nclaims {folder / 'claims.json'}\n"
-               f"report {folder / 'report.html'}")
-    if summary.failed or summary.missing:
-        click.echo(f"{summary.failed} runs failed, {summary.missing} are missing: see the report's list", err=True)
+    if summary.main:
+        click.echo(f"\n{summary.main}")
+    for claim, verdict in summary.verdicts:
+        click.echo(f"{verdict}: {claim}")
+    click.echo(f"\ntables  {folder / 'tables'}\nfigures {folder / 'figures'}\nclaims  {folder / 'claims.json'}\n"
+               f"report  {summary.page}")
+    if not summary.complete:
+        click.echo(f"{summary.failed} runs failed, {summary.damaged} are damaged, {summary.missing} are missing: the "
+                   "report lists them", err=True)
         return 1
     return 0
 

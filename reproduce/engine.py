@@ -58,7 +58,7 @@ def cost(task: Task) -> float:
     victim = task.victim if isinstance(task, Cell) else task
     total, test = TRAIN_IMAGES[victim.dataset], 2 * TEST_IMAGES[victim.dataset]
     if isinstance(task, Victim):
-        return BACKWARD_COST * task.recipe.epochs * total + test
+        return BACKWARD_COST * sum(recipe.epochs for recipe in recipes(task.recipe)) * total + test
     epochs = sum(recipe.epochs for recipe in recipes(task.config))
     return (BACKWARD_COST + 1) * epochs * task.clean_fraction * total + test * (1 + epochs * task.curve)
 

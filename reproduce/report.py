@@ -16,7 +16,9 @@ from markupsafe import Markup
 from reproduce import claims
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
+from reproduce.statistics import DRAWS
 from tables import render
+from tables.layout import MARKS, SPREAD
 
 STATUSES = ("done", "failed", "damaged", "missing")
 # Fields of environment.json that differ between runs of one machine and so do not tell environments apart.
@@ -60,8 +62,8 @@ def write_report(results: Results, profile: Profile, folder: Path, command: str)
     counted = Counter(run["status"] for run in runs)
     page = folder / "report.html"
     page.write_text(_page(folder, profile, command, chapters, found, runs, counted, results), encoding="utf-8")
-    main = next((table for chapter in chapters for table in chapter["tables"] if table.name == f"{chapter['paper']}-main"),
-                None)
+    main = next((table for chapter in chapters for table in chapter["tables"]
+                 if table.name == f"{chapter['paper']}-main"), None)
     return ReportSummary(page, render.text(main, brief=True) if main else "",
                          tuple((claim.statement, claim.verdict) for claim in found),
                          *(counted[status] for status in STATUSES))
@@ -120,9 +122,10 @@ def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str,
         profile=profile, smoke=render.is_smoke(profile), command=command, claims=found,
         seeds=sorted({entry.task.seed for entry in results.entries}),
         chapters=[{"name": chapter["name"], "paper": chapter["paper"],
-                   "tables": [{"name": table.name, "title": table.title, "html": Markup(render.html(table, profile))}
+                   "tables": [{"name": table.name, "title": table.title,
+                               "html": Markup(render.html(table, profile, legend=False))}
                               for table in chapter["tables"]],
                    "figures": [shown(figure) for figure in chapter["figures"]]}
                   for chapter in chapters],
         runs=runs, counted={status: counted[status] for status in STATUSES}, environments=_environments(runs),
-        total=len(runs))
+        total=len(runs), legend=f"{SPREAD} {MARKS}", draws=DRAWS)

@@ -21,8 +21,10 @@ from reproduce.data import Dataset
 from reproduce.data.augment import take
 from reproduce.data.auxiliary import pictures, released_array
 from reproduce.defending import clean_subset, defense_module
+from reproduce.errors import UserError
 from reproduce.evaluation import TestSet, evaluate, samples
 from reproduce.metrics import metrics
+from reproduce.models.checkpoints import load_checkpoint
 from reproduce.poisoning import Context, attack_module, triggered_candidates, triggered_labels
 from reproduce.store import Run, Store
 from reproduce.training import train
@@ -55,7 +57,9 @@ class Runner:
             if reason:
                 self.note(f"{task.name}: {reason}; set aside and computed again")
             try:
-                return self._victim(task) if isinstance(task, Victim) else self._cell(task)
+                if isinstance(task, Cell):
+                    return self._cell(task)
+                return self._published(task) if task.published else self._victim(task)
             except Exception:
                 self.store.fail(task.name, traceback.format_exc())
                 raise
@@ -86,6 +90,18 @@ class Runner:
         test = test_set(dataset, victim, state)
         return self._write(victim, model, test, [{"phase": "victim", **row} for row in history], info, started,
                            {"trigger": state} if state else {})
+
+    def _published(self, victim: Victim) -> Run:
+        started = time.perf_counter()
+        dataset, path = data.load(victim.dataset, self.root), self.root / victim.published.file
+        if not path.is_file():
+            raise UserError(f"{path} is missing: put {victim.published.source} there")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != victim.published.sha256:
+            raise UserError(f"{path} is not {victim.published.source}: its SHA-256 differs")
+        model = load_checkpoint(path, victim.model, dataset.num_classes).to(self.device)
+        state = self._prepare(victim, dataset)
+        return self._write(victim, model, test_set(dataset, victim, state), [], {"source": victim.published.source},
+                           started, {"trigger": state} if state else {})
 
     def _cell(self, cell: Cell) -> Run:
         victim_model, test = self._load_victim(cell.victim)

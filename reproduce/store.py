@@ -160,7 +160,7 @@ class Progress:
     Saved at most every `interval` seconds; a file that does not match its checksum is ignored.
     """
 
-    interval = 10.0
+    interval = 1.0
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -33,7 +33,7 @@ MARKS = ("Bold: best mean of the column's defenses; underlined (italic in Markdo
          "(paired over seeds: t test; with one seed exact McNemar over test images; Holm within the column, 5 %). With "
          "two or three seeds hardly any difference is significant.")
 SPREAD = ("Percent, mean ± sample SD over seeds; with one seed, the value and its 95 % Wilson interval. "
-          "- : not available.")
+          "n: seeds. - : not available.")
 
 
 @dataclass(frozen=True)
@@ -190,12 +190,12 @@ def counts(values: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}–{high}"
 
 
-def table(name: str, title: str, caption: str, frame: pd.DataFrame, data: pd.DataFrame,
-          source: pd.DataFrame) -> Table:
+def table(name: str, title: str, caption: str, frame: pd.DataFrame, data: pd.DataFrame, source: pd.DataFrame,
+          legend: str = "") -> Table:
     """A Table whose seeds and runs are the finished ones of the results frame `source`."""
     done = source[source.status == "done"]
     return Table(name, title, caption, frame, data, tuple(sorted({int(seed) for seed in done.seed})),
-                 tuple(dict.fromkeys(done.run)))
+                 tuple(dict.fromkeys(done.run)), legend)
 
 
 def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name: str, title: str, caption: str,
@@ -207,7 +207,7 @@ def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name
     for group, part in data.groupby(list(keys), sort=False):
         cells = {heading(row.measure): printed(row) for _, row in part.iterrows()}
         rows.append({**dict(zip(keys.values(), group, strict=True)), **cells, "n": Value(counts(part.n.to_list()))})
-    return table(name, title, f"{caption} {SPREAD} n: seeds. {MARKS}", pd.DataFrame(rows), data, frame)
+    return table(name, title, caption, pd.DataFrame(rows), data, frame, f"{SPREAD} {MARKS}")
 
 
 def victims_asr(frame: pd.DataFrame) -> dict[str, float]:
@@ -274,5 +274,5 @@ def attack_grid(results: Results, frame: pd.DataFrame, *, name: str, title: str,
              "interval": "hierarchical bootstrap", "mark": ""} if len(means) else {}
     numbers = pd.concat([data, means.assign(**extra)[data.columns]]) if len(means) else data
     flagged = f" † ASR before any defense below {TOOK:.0f} %: the attack did not take." if weak else ""
-    return table(name, title, f"{caption} {SPREAD} n: seeds per cell. Averages: over attacks, on the (attack, seed) "
-                 f"pairs finished for every defense shown.{flagged} {MARKS}", shown, numbers, frame)
+    return table(name, title, f"{caption} Averages: over attacks, on the (attack, seed) pairs finished for every "
+                 f"defense shown.{flagged}", shown, numbers, frame, f"{SPREAD} {MARKS}")

@@ -229,7 +229,7 @@ def history(results: Results) -> pd.DataFrame:
 def epochs(results: Results, smoke: bool) -> Table:
     """NAD's own accuracy and ASR after each epoch, beside the log published with the code."""
     frame = history(results)
-    caption = f"BadNets, released settings; epoch 0 is the victim. {SPREAD} n: seeds."
+    caption = "BadNets, released settings; epoch 0 is the victim."
     if not len(frame):
         return table("epochs", "NAD: epoch by epoch", caption, frame, frame, results.frame(PAPER, "curves"))
     measures = ("acc_nontarget", "asr")
@@ -248,7 +248,7 @@ def epochs(results: Results, smoke: bool) -> Table:
     source = published_values()["log"]
     note = f" Published log: {source['source']}. {source['caveat']}" if log else ""
     n = "; ".join(f"{defense} {group.seed.nunique()}" for defense, group in frame.groupby("defense", sort=False))
-    return table("epochs", "NAD: epoch by epoch", f"{caption} ({n}){note}", printable, data, frame)
+    return table("epochs", "NAD: epoch by epoch", f"{caption} Seeds: {n}.{note}", printable, data, frame, SPREAD)
 
 
 def cost(results: Results) -> Table:

@@ -37,6 +37,7 @@ class Table:
     """frame: what is printed, of Value and str; columns are str or (group, column) pairs; the index is not printed.
 
     data: the same numbers, one row per number, for the CSV file. seeds and runs: what they were computed from.
+    legend: how to read the cells, in every file; the report says it once for all tables.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Table:
     data: pd.DataFrame
     seeds: tuple[int, ...] = ()
     runs: tuple[str, ...] = ()
+    legend: str = ""
 
 
 def heading(measure: str) -> str:
@@ -59,12 +61,14 @@ def is_smoke(profile: Profile) -> bool:
 
 
 def title(table: Table, profile: Profile) -> str:
-    """The title, labelled at smoke scale."""
-    return f"{table.title} ({SMOKE})" if is_smoke(profile) else table.title
+    """The title, labelled at smoke scale where there is a run behind the table."""
+    return f"{table.title} ({SMOKE})" if is_smoke(profile) and table.runs else table.title
 
 
 def provenance(table: Table, profile: Profile) -> str:
     """One line: profile with its note, seeds, number of runs."""
+    if not table.runs:
+        return "Published values; no run of this artifact is shown."
     seeds = ", ".join(map(str, table.seeds)) or "none"
     return (f"Profile {profile.name} ({profile.note}); dataset {profile.dataset}, model {profile.model}; "
             f"seeds {seeds}; {len(table.runs)} finished run{'' if len(table.runs) == 1 else 's'}.")
@@ -94,7 +98,7 @@ def markdown(table: Table, profile: Profile) -> str:
     rows.append(["---"] * len(rows[0]))
     rows += [[cell(value) for value in row] for row in _rows(table)]
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"### {title(table, profile)}\n\n{body}\n\n{table.caption}\n\n{provenance(table, profile)}\n"
+    return f"### {title(table, profile)}\n\n{body}\n\n{_caption(table)}\n\n{provenance(table, profile)}\n"
 
 
 def latex(table: Table, profile: Profile) -> str:
@@ -106,7 +110,7 @@ def latex(table: Table, profile: Profile) -> str:
     columns = _columns(table)
     spans = _spans(table)
     lines = [rf"% {provenance(table, profile)}".replace("\n", " "), r"\begin{table*}", r"\centering",
-             rf"\caption{{{tex(title(table, profile))}. {tex(table.caption)} {tex(provenance(table, profile))}}}",
+             rf"\caption{{{tex(title(table, profile))}. {tex(_caption(table))} {tex(provenance(table, profile))}}}",
              rf"\label{{tab:{table.name}}}", r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
              rf"\begin{{tabular}}{{{'l' * _label_columns(table)}{'r' * (len(columns) - _label_columns(table))}}}",
              r"\toprule"]
@@ -127,7 +131,7 @@ def tex(text: str) -> str:
     return re.sub("|".join(map(re.escape, _LATEX)), lambda match: _LATEX[match.group()], text)
 
 
-def html(table: Table, profile: Profile) -> str:
+def html(table: Table, profile: Profile, legend: bool = True) -> str:
     """A <figure> with caption; the run names of a cell are its tooltip."""
     labels = _label_columns(table)
     columns = _columns(table)
@@ -147,8 +151,9 @@ def html(table: Table, profile: Profile) -> str:
             cells.append(f"<td{_class(i, labels)}{tooltip}>{text}</td>")
         body.append("".join(cells))
     rows = "\n".join(f"<tr>{row}</tr>" for row in body)
+    caption = escape(_caption(table) if legend else table.caption)
     return (f'<figure class="table" id="table-{table.name}">\n<figcaption><b>{escape(title(table, profile))}.</b> '
-            f'{escape(table.caption)}</figcaption>\n<div class="scroll" tabindex="0"><table>\n'
+            f'{caption}</figcaption>\n<div class="scroll" tabindex="0"><table>\n'
             f'<thead>{"".join(f"<tr>{row}</tr>" for row in head)}</thead>\n<tbody>\n{rows}\n</tbody></table></div>\n'
             f'<p class="provenance">{escape(provenance(table, profile))}</p>\n</figure>\n')
 
@@ -176,6 +181,10 @@ def text(table: Table, brief: bool = False) -> str:
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     return "\n".join([table.title, "", *map(line, head), rule, *map(line, body)]) + "\n"
+
+
+def _caption(table: Table) -> str:
+    return " ".join(filter(None, [table.caption, table.legend]))
 
 
 def _columns(table: Table) -> list[tuple[str, str]]:

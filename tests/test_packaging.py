@@ -153,6 +153,14 @@ def test_changed_lock_or_interrupted_install_is_rebuilt(project: Path) -> None:
         assert stamp(project) == lock_digest(project) and not leftover.exists()
 
 
+def test_environment_made_by_hand_is_completed_in_place(project: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", project / ".venv"], check=True)
+    kept = project / ".venv" / "kept"
+    kept.touch()
+    assert run(project / "run_all.sh").returncode == 7
+    assert kept.exists() and stamp(project) == lock_digest(project)
+
+
 def test_failed_install_is_reported_and_not_taken_for_complete(project: Path) -> None:
     (project / "requirements.lock").write_text("no-hash-here==1.0\n")
     failed = run(project / "run_all.sh")

@@ -17,12 +17,16 @@ PAPERS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One run's place in one table. `labels` are the table's row and column keys, e.g. attack, defense, variant."""
+    """One run's place in one table. `labels` are the table's row and column keys, e.g. attack, defense, variant.
+
+    on_request: left out unless its item is named, because it needs a file that few have.
+    """
 
     paper: str
     item: str
     labels: dict[str, str]
     task: Task
+    on_request: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ PROFILES = {
 
 
 def entries(profile: Profile, papers: list[str], items: list[str] | None = None) -> list[Entry]:
-    """Every entry of the chosen papers at this scale, optionally only of the named items."""
+    """Every entry of the chosen papers at this scale, or those of the named items only."""
     found: list[Entry] = []
     for paper in papers:
         listed: Callable[[Profile], list[Entry]] = importlib.import_module(f"reproduce.protocols.{paper}").entries
@@ -91,5 +95,5 @@ def entries(profile: Profile, papers: list[str], items: list[str] | None = None)
         unknown = [item for item in items if item not in known]
         if unknown:
             raise UserError(f"unknown item {', '.join(unknown)}: choose from {', '.join(known)}")
-        found = [entry for entry in found if entry.item in items]
-    return found
+        return [entry for entry in found if entry.item in items]
+    return [entry for entry in found if not entry.on_request]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from defenses import nad
-from reproduce.cells import Cell, Victim
+from reproduce.cells import Cell, Published, Victim
 from reproduce.data.augment import Augment
 from reproduce.defending import defense_module
 from reproduce.poisoning import attack_module
@@ -22,10 +22,15 @@ PAPER = "nad"
 RELEASED = Recipe(epochs=24, rates=((0, 0.1), (20, 0.01)), shuffle=False)
 AUGMENTED = replace(RELEASED, shuffle=True, augment=Augment(crop=4, flip=True))
 
+AUTHORS_VICTIM = Published(
+    "checkpoints/nad/WRN-16-1-S-model_best.pth.tar", "97815be524b153b0830f04bbfcf8f84fbe593b719a650357c694bae6cee60609",
+    "weight/s_net/WRN-16-1-S-model_best.pth.tar of github.com/bboylyg/NAD at f17b713")
+
 ATTACKS = {"BadNets": "badnets", "Trojan": "trojan", "Blend": "blend", "CL": "cl", "SIG": "sig", "Refool": "refool"}
 FRACTIONS = (0.01, 0.05, 0.10, 0.15, 0.20)
 BETA_FACTORS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 BETA_ZERO = "NAD (beta = 0)"
+RELEASED_ROWS = [("FT", "released"), (BETA_ZERO, "released"), ("NAD", "released")]
 
 _NAD = nad.SETTINGS[PAPER, "released"]
 ATTENTIONS = {
@@ -64,6 +69,8 @@ def entries(profile: Profile) -> list[Entry]:
     found: list[Entry] = []
     for seed in profile.seeds:
         found += _main(profile, seed) + _sweeps(profile, seed) + _augmentation(profile, seed)
+        if profile.dataset == "cifar10" and profile.model == "wrn-16-1":
+            found += _authors_victim(profile, seed)
     return found
 
 
@@ -97,18 +104,17 @@ def _comparison(profile: Profile, item: str, victim: Victim, labels: dict[str, s
 
 def _main(profile: Profile, seed: int) -> list[Entry]:
     """The main table: attacks as described by their own papers, then those of the released code."""
-    released = [("FT", "released"), (BETA_ZERO, "released"), ("NAD", "released")]
     described = [("FT", "described"), ("FP", "described"), ("MCR", "described"), (BETA_ZERO, "described"),
                  ("NAD", "described")]
     found: list[Entry] = []
     for label, attack in ATTACKS.items():
         found += _comparison(profile, "main", _victim(profile, attack, "described", seed), {"attack": label},
-                             described + released)
+                             described + RELEASED_ROWS)
     for label, attack in ATTACKS.items():
         # Released triggers come as arrays for CIFAR-10; the embedded data set has none.
         if (PAPER, "released") in attack_module(attack).SETTINGS and profile.dataset == "cifar10":
             found += _comparison(profile, "main-released", _victim(profile, attack, "released", seed),
-                                 {"attack": label}, released)
+                                 {"attack": label}, RELEASED_ROWS)
     return found
 
 
@@ -139,9 +145,16 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
 
 def _augmentation(profile: Profile, seed: int) -> list[Entry]:
     """Does ordinary augmentation in the victim's training make the backdoor harder to erase?"""
-    rows = [("FT", "released"), (BETA_ZERO, "released"), ("NAD", "released")]
     found: list[Entry] = []
     for label, recipe in (("as released (no augmentation)", RELEASED), ("standard augmentation", AUGMENTED)):
         found += _comparison(profile, "augmentation", _victim(profile, "badnets", "released", seed, recipe),
-                             {"victim": label}, rows)
+                             {"victim": label}, RELEASED_ROWS)
     return found
+
+
+def _authors_victim(profile: Profile, seed: int) -> list[Entry]:
+    """The defenses on the very checkpoint the authors published, where the data root has it."""
+    trigger = attack_module("badnets").SETTINGS[PAPER, "released"]
+    victim = Victim(profile.dataset, profile.model, None, seed, "badnets", trigger, AUTHORS_VICTIM)
+    return [replace(entry, on_request=True)
+            for entry in _comparison(profile, "authors-victim", victim, {"attack": "BadNets"}, RELEASED_ROWS)]

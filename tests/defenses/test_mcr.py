@@ -28,6 +28,10 @@ def test_ends_are_the_endpoints_exactly(kind, points, victim, clean, shorten):
         assert type(at) is type(victim) and not at.training
         for ours, expected in zip(at.parameters(), model.parameters(), strict=True):
             assert torch.equal(ours, expected)
+        measured = mcr.deepcopy(model)
+        with torch.no_grad():
+            mcr.measure_batch_norm(measured, clean.images)
+        assert torch.equal(at.bn1.running_mean, measured.bn1.running_mean)
 
 
 def test_curves_follow_their_formulas(victim, shorten):

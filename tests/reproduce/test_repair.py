@@ -1,0 +1,121 @@
+"""evaluate and defend on a checkpoint of the user's own."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from attacks import badnets
+from reproduce import data
+from reproduce.cli import main
+from reproduce.models import build
+from reproduce.protocols.nad import RELEASED
+from reproduce.training import train
+
+COMMON = ["--model", "wrn-10-1", "--dataset", "digits"]
+ATTACK = ["--attack", "badnets", "--paper", "nad", "--variant", "released", "--target", "3"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backdoored digit classifier, saved as the papers' scripts save theirs."""
+    digits = data.load("digits", Path())
+    settings = badnets.Config(target=3)
+    poisoned = badnets.poison(digits.train_images, digits.train_labels, settings, {}, 0, 10)
+    model = build("wrn-10-1", 10, 0)
+    train(model, poisoned.images, poisoned.labels, replace(RELEASED, epochs=6, rates=((0, 0.1), (4, 0.01))), 0, phase="victim")
+    path = tmp_path_factory.mktemp("own") / "own.pth.tar"
+    torch.save({"state_dict": model.state_dict(), "epoch": 4}, path)
+    return path
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, arguments)
+    return result.exit_code, result.output
+
+
+def test_evaluate_prints_the_promised_json(checkpoint: Path) -> None:
+    code, out = call("evaluate", "--checkpoint", str(checkpoint), *COMMON, *ATTACK, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert list(found) == ["acc", "acc_nontarget", "asr", "ra", "n_clean", "n_nontarget"]
+    digits = data.load("digits", Path())
+    assert found["n_clean"] == 359 and found["n_nontarget"] == int((digits.test_labels != 3).sum())
+    assert found["acc"] > 80 and found["asr"] > 80
+
+
+def test_the_target_matters(checkpoint: Path) -> None:
+    wrong = [*ATTACK[:-1], "4"]
+    found = json.loads(call("evaluate", "--checkpoint", str(checkpoint), *COMMON, *wrong, "--json")[1])
+    assert found["asr"] < 20
+
+
+def test_without_an_attack_clean_accuracy_only(checkpoint: Path) -> None:
+    assert set(json.loads(call("evaluate", "--checkpoint", str(checkpoint), *COMMON, "--json")[1])) == {"acc", "n_clean"}
+
+
+@pytest.mark.parametrize("defense", ["ft", "nad"])
+def test_defend_repairs_and_what_it_wrote_loads_again(checkpoint: Path, tmp_path: Path, defense: str) -> None:
+    output = tmp_path / "repaired.safetensors"
+    code, out = call("defend", "--checkpoint", str(checkpoint), *COMMON, "--defense", defense, "--clean-fraction", "0.2",
+                     "--seed", "0", *ATTACK, "--output", str(output), "--json")
+    found = json.loads(out)
+    assert code == 0 and found["before"]["asr"] > 80 and found["seconds"] > 0
+    assert found["after"]["asr"] != found["before"]["asr"]
+    again = json.loads(call("evaluate", "--checkpoint", str(output), *COMMON, *ATTACK, "--json")[1])
+    assert again == found["after"]
+
+
+def test_own_images_are_the_clean_set(checkpoint: Path, tmp_path: Path) -> None:
+    digits = data.load("digits", Path())
+    for i in range(60):
+        folder = tmp_path / "images" / str(int(digits.train_labels[i]))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.train_images[i].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    output = tmp_path / "r.safetensors"
+    code, out = call("defend", "--checkpoint", str(checkpoint), *COMMON, "--defense", "ft", "--images",
+                     str(tmp_path / "images"), "--output", str(output), "--json")
+    found = json.loads(out)
+    assert code == 0 and found["clean_images"] == 60 and set(found["before"]) == {"acc", "n_clean"}
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (["--output", "x.pth"], "written as .safetensors"),
+    (["--output", "/nonexistent/x.safetensors"], "does not exist"),
+    (["--defense", "magic"], "choose one of"),
+    (["--attack", "cl"], "--variant described"),
+    (["--attack", "cl", "--variant", "described"], "name one with --clean-model"),
+    (["--target", "11"], "labels 0 to 9"),
+    (["--clean-fraction", "0.0001"], "is none"),
+    (["--clean-fraction", "2"], "--clean-fraction"),
+    (["--model", "wrn-16-1"], "choose the right --model"),
+    (["--normalize", "imagenet"], "--normalize"),
+    (["--device", "tpu"], "--device"),
+])
+def test_bad_requests_get_one_line(checkpoint: Path, tmp_path: Path, change: list[str], said: str) -> None:
+    arguments = {"--checkpoint": str(checkpoint), "--model": "wrn-10-1", "--dataset": "digits", "--defense": "ft",
+                 "--attack": "badnets", "--output": str(tmp_path / "r.safetensors")}
+    arguments |= dict(zip(change[::2], change[1::2], strict=True))
+    code, out = call("defend", *(part for pair in arguments.items() for part in pair))
+    assert code == 2 and said in out and len(out.strip().splitlines()) == 1
+    assert not (tmp_path / "r.safetensors").exists()
+
+
+def test_a_target_without_an_attack_is_refused(checkpoint: Path) -> None:
+    code, out = call("evaluate", "--checkpoint", str(checkpoint), *COMMON, "--target", "3")
+    assert code == 2 and "name the attack" in out
+
+
+@pytest.mark.data
+def test_the_authors_checkpoint_gives_the_published_numbers(data_root: Path) -> None:
+    path = data_root / "checkpoints/nad/WRN-16-1-S-model_best.pth.tar"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    found = json.loads(call("evaluate", "--checkpoint", str(path), "--model", "wrn-16-1", "--dataset", "cifar10",
+                            "--attack", "badnets", "--target", "5", "--data-root", str(data_root), "--json")[1])
+    # README.md and results/results.csv of bboylyg/NAD@f17b713, before erasing.
+    assert found["acc_nontarget"] == pytest.approx(85.6556, abs=0.01) and found["asr"] == 100

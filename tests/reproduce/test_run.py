@@ -1,0 +1,153 @@
+"""The driver as its users run it: whole, killed, twice at once, damaged, failing, and with bad arguments."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from attacks import badnets
+from defenses import ft
+from reproduce.cells import Cell, Victim
+from reproduce.engine import Workers, execute
+from reproduce.store import Store
+from reproduce.training import Recipe
+
+ROOT = Path(__file__).parent.parent.parent
+RUN = [sys.executable, "-m", "reproduce", "run", "--profile", "quick", "--item", "curves", "--seeds", "1", "--jobs", "2"]
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen([*RUN, "--results", str(folder), *more], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "CI": "true"}, start_new_session=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    """Every table, and each run's predictions and history: what must not depend on interruptions.
+
+    The cost table is left out: it shows measured seconds.
+    """
+    files = [*folder.glob("tables/**/*.csv"), *folder.glob("runs/*/predictions.npz"), *folder.glob("runs/*/history.jsonl")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if "cost" not in path.name}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, "ended before it could be killed: " + process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = finish(start(folder))
+    assert code == 0, err
+    assert err.count("done   ") == 4 and "Traceback" not in err
+    assert str(folder / "report.html") in out
+    return folder
+
+
+def test_killed_and_resumed_gives_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
+    def killed_when(condition: Callable[[], bool]) -> None:
+        process = start(tmp_path)
+        wait_for(condition, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    progress = tmp_path / "progress"
+    killed_when(lambda: progress.is_dir() and any("victim" in p.name and "." not in p.name for p in progress.iterdir()))
+    saved = next(p for p in progress.iterdir() if "victim" in p.name)
+    epochs = saved.read_bytes().count(b'"epoch"')
+    assert 0 < epochs < 8
+    killed_when(lambda: len(list(tmp_path.glob("runs/*"))) >= 2)
+    assert finish(start(tmp_path))[0] == 0
+    assert published(tmp_path) == published(undisturbed)
+    assert len(published(tmp_path)) > 8
+
+
+def test_nothing_goes_on_after_the_driver_is_killed(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    wait_for(lambda: any(tmp_path.glob("progress/victim*")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    time.sleep(2)
+    alive = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.glob("progress/*"))
+    time.sleep(2)
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.glob("progress/*")) == before
+    assert str(tmp_path) not in alive
+
+
+def test_again_computes_nothing(undisturbed: Path) -> None:
+    before = published(undisturbed)
+    code, _out, err = finish(start(undisturbed))
+    assert code == 0 and "0 computed, 4 reused, 0 failed" in err
+    assert published(undisturbed) == before
+
+
+def test_two_at_once_share_the_work(undisturbed: Path, tmp_path: Path) -> None:
+    both = [start(tmp_path, "--jobs", "1") for _ in range(2)]
+    assert [finish(process)[0] for process in both] == [0, 0]
+    assert published(tmp_path) == published(undisturbed)
+
+
+def test_a_damaged_run_is_named_and_computed_again(undisturbed: Path) -> None:
+    before = published(undisturbed)
+    path = next(undisturbed.glob("runs/ft-*/metrics.json"))
+    path.write_text(path.read_text().replace('"asr": ', '"asr": 1'))
+    code, _out, err = finish(start(undisturbed))
+    assert code == 0 and f"{path.parent.name}: metrics.json does not match its checksum" in err
+    assert published(undisturbed) == before
+
+
+def test_a_failing_run_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, rates=((0, 0.1),))
+    good = Victim("digits", "wrn-10-1", recipe, 0, "badnets", badnets.Config())
+    bad = replace(good, settings=badnets.Config(pattern=((255,) * 40,)))  # wider than the image
+    cells = [Cell(victim, "ft", ft.Config(recipe), 0.05) for victim in (good, bad)]
+    lines: list[str] = []
+    outcome = execute([good, bad, *cells], Workers(tmp_path, tmp_path, 1), lines.append)
+    assert set(outcome.done) == {good.name, cells[0].name}
+    assert set(outcome.failed) == {bad.name, cells[1].name}
+    assert f"needs {bad.name}" in outcome.failed[cells[1].name]
+    store = Store(tmp_path)
+    assert store.status(bad.name) == "failed" and "RuntimeError" in store.failure(bad.name)
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["run", "--profile", "huge"], "--profile"),
+    (["run", "--paper", "argo"], "--paper"),
+    (["run", "--item", "everything"], "unknown item everything"),
+    (["run", "--seeds", "0"], "--seeds"),
+    (["run", "--jobs", "many"], "--jobs"),
+    (["run", "--nonsense"], "--nonsense"),
+    (["run", "--profile", "quick", "--results", "/proc/nowhere"], "cannot be written"),
+    (["run", "--profile", "cpu", "--data-root", "/nonexistent/place"], "CIFAR-10 is not at"),
+    (["run", "--results", "README.md"], "--results"),
+    (["frobnicate"], "frobnicate"),
+    (["evaluate", "--checkpoint", "none.pth", "--model", "wrn-16-1", "--dataset", "digits"], "no such checkpoint"),
+    (["evaluate", "--checkpoint", "none.pth", "--model", "wrn-16-1"], "--dataset"),
+    (["evaluate", "--checkpoint", "none.pth", "--model", "wrn-16-1", "--dataset", "mnist"], "unknown data set"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "reproduce", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "CI": "true"})
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_dry_run_lists_and_writes_nothing(tmp_path: Path) -> None:
+    code, out, _err = finish(start(tmp_path / "new", "--dry-run"))
+    assert code == 0 and out.count("missing") == 4 and "about" in out
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,134 @@
+"""The training loop: what it computes, that it repeats, and that an interrupted one ends where it would have."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reproduce.data.augment import Augment, to_input
+from reproduce.models import build
+from reproduce.rng import generator
+from reproduce.store import Progress
+from reproduce.training import Recipe, predict, train
+
+RECIPE = Recipe(epochs=4, rates=((0, 0.1), (2, 0.01)), batch=32, augment=Augment(crop=4, flip=True, cutout=2))
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = generator(0, "training test")
+    return (torch.randint(256, (80, 3, 32, 32), dtype=torch.uint8, generator=rng),
+            torch.randint(10, (80,), generator=rng))
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+
+
+def test_equals_the_plain_loop(batch: tuple) -> None:
+    images, labels = batch
+    recipe = replace(RECIPE, shuffle=False, augment=Augment())
+    model = build("wrn-10-1", 10, 0)
+    plain = deepcopy(model)
+    train(model, images, labels, recipe, 0, phase="p")
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    for epoch in range(4):
+        optimizer.param_groups[0]["lr"] = 0.1 if epoch < 2 else 0.01
+        for start in range(0, 80, 32):
+            optimizer.zero_grad()
+            F.cross_entropy(plain(to_input(images[start:start + 32])), labels[start:start + 32]).backward()
+            optimizer.step()
+    assert torch.allclose(weights(model), weights(plain), atol=1e-6)
+
+
+def test_repeats_and_depends_on_seed_and_phase(batch: tuple) -> None:
+    def trained(seed: int, phase: str) -> torch.Tensor:
+        model = build("wrn-10-1", 10, 0)
+        train(model, *batch, replace(RECIPE, epochs=1), seed, phase=phase)
+        return weights(model)
+
+    first = trained(0, "a")
+    assert torch.equal(first, trained(0, "a"))
+    assert not torch.equal(first, trained(1, "a"))
+    assert not torch.equal(first, trained(0, "b"))
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_resumed_training_is_bit_for_bit_the_undisturbed_one(batch: tuple, tmp_path, monkeypatch, stop_after) -> None:
+    monkeypatch.setattr(Progress, "interval", 0.0)
+    undisturbed = build("wrn-10-1", 10, 0)
+    whole = train(undisturbed, *batch, RECIPE, 0, phase="v")
+
+    def interrupt(_phase: str, epoch: int, *_rest: object) -> None:
+        if epoch == stop_after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(build("wrn-10-1", 10, 0), *batch, RECIPE, 0, phase="v", observe=interrupt,
+              checkpoint=Progress(tmp_path / "p"))
+    seen: list[int] = []
+    resumed = build("wrn-10-1", 10, 7)  # other weights: all of them must come from the checkpoint
+    history = train(resumed, *batch, RECIPE, 0, phase="v", checkpoint=Progress(tmp_path / "p"),
+                    observe=lambda _p, epoch, *_r: seen.append(epoch))
+    assert seen == list(range(stop_after + 1, 5))
+    assert torch.equal(weights(resumed), weights(undisturbed))
+    assert history == whole
+
+
+def test_a_damaged_checkpoint_is_ignored(batch: tuple, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Progress, "interval", 0.0)
+    train(build("wrn-10-1", 10, 0), *batch, RECIPE, 0, phase="v", checkpoint=Progress(tmp_path / "p"))
+    content = bytearray((tmp_path / "p").read_bytes())
+    content[-100] ^= 1
+    (tmp_path / "p").write_bytes(content)
+    assert Progress(tmp_path / "p").load() is None
+
+
+def test_history_and_rates(batch: tuple) -> None:
+    model = build("wrn-10-1", 10, 0)
+    history = train(model, *batch, RECIPE, 0, phase="v")
+    assert [row["rate"] for row in history] == [0.1, 0.1, 0.01, 0.01]
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert all(0 <= row["train_acc"] <= 100 and row["loss"] > 0 for row in history)
+    assert not model.training
+
+
+def test_bf16_is_close_to_fp32(batch: tuple) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        recipe = replace(RECIPE, epochs=1, precision=precision)
+        losses[precision] = train(build("wrn-10-1", 10, 0), *batch, recipe, 0, phase="v")[0]["loss"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.1)
+    assert losses["bf16"] != losses["fp32"]
+
+
+def test_projection_is_applied_after_every_step(batch: tuple) -> None:
+    model = build("wrn-10-1", 10, 0)
+
+    def project(net: torch.nn.Module) -> None:
+        with torch.no_grad():
+            net.fc.weight[:, 0] = 0
+
+    train(model, *batch, replace(RECIPE, epochs=1), 0, phase="v", project=project)
+    assert model.fc.weight[:, 0].abs().max() == 0 and model.fc.weight[:, 1].abs().max() > 0
+
+
+def test_predictions_do_not_depend_on_the_batch(batch: tuple) -> None:
+    model = build("wrn-10-1", 10, 0).eval()
+    assert torch.equal(predict(model, batch[0], batch=7), predict(model, batch[0], batch=80))
+
+
+@pytest.mark.gpu
+def test_a_captured_step_trains_like_an_eager_one(batch: tuple) -> None:
+    losses = {}
+    for graph in (False, True):
+        model = build("wrn-10-1", 10, 0).cuda()
+        recipe = replace(RECIPE, batch=16, graph=graph)
+        losses[graph] = train(model, batch[0].cuda(), batch[1].cuda(), recipe, 0, phase="v")[-1]["loss"]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
