@@ -170,10 +170,12 @@ def gallery(results: Results, item: str) -> Figure | None:
             axis.set_ylabel(label)
         return figure
 
+    note = " CL also changes the training images it poisons; shown is what the test images get." \
+        if any(example.attack == "CL" for example in shown) else ""
     title = "NAD: the triggers" + (" of the released code" if item == "main-released" else "")
     return Figure("triggers" + ("-released" if item == "main-released" else ""), title,
-                  f"A clean test image, the same with the trigger, and their difference × {AMPLIFIED} around mid-grey. "
-                  "CL also changes the training images it poisons; shown is what the test images get.", draw, data)
+                  f"A clean test image, the same with the trigger, and their difference × {AMPLIFIED} around mid-grey."
+                  f"{note}", draw, data)
 
 
 def _examples(results: Results, item: str) -> Iterator[Shown]:

@@ -28,7 +28,7 @@ SETTINGS = {
     "grid.linewidth": 0.5, "grid.color": "0.9", "lines.linewidth": 1.2, "lines.markersize": 4,
     "pdf.fonttype": 42, "figure.constrained_layout.use": True,
 }
-LABELS = {"asr": "ASR (%)", "acc": "ACC (%)", "acc_nontarget": "ACC, non-target classes (%)", "ra": "RA (%)"}
+LABELS = {"asr": "ASR (%)", "acc": "ACC (%)", "acc_nontarget": "ACC non-target (%)", "ra": "RA (%)"}
 # The same defense looks the same in every figure of every paper.
 LOOKS = {"Before": ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
     ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"))}}
@@ -60,7 +60,7 @@ class Figure:
             canvas.set_layout_engine("none")
             # Without these dates and version stamps two writes of one figure are identical.
             canvas.savefig(folder / f"{self.name}.pdf", metadata={"CreationDate": None, "ModDate": None})
-            canvas.savefig(folder / f"{self.name}.png", dpi=DPI, metadata={"Software": None})
+            canvas.savefig(folder / f"{self.name}.png", metadata={"Software": None})
         note = f"# {SMOKE}\n" if smoke else ""
         body = self.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         (folder / f"{self.name}.csv").write_text(note + body, encoding="utf-8")
@@ -73,7 +73,7 @@ def look(name: str, position: int = 0) -> tuple[object, str]:
 
 def canvas(height: float) -> Canvas:
     """An empty figure of the text width; height in inches."""
-    return Canvas(figsize=(WIDTH, height))
+    return Canvas(figsize=(WIDTH, height), dpi=DPI)
 
 
 @contextmanager
@@ -96,8 +96,6 @@ def done(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> p
     The t interval of two seeds is 13 standard errors wide and would hide everything else: their range is drawn instead.
     """
     data = estimates(frame, keys, measures)
-    if not len(data):
-        return data
     data = data[data.n > 0].drop(columns="mark")
     two = data.n == 2
     half = data.sd[two] / 2 ** 0.5

@@ -1,4 +1,4 @@
-"""The command line: `python -m reproduce run | report | status | evaluate | defend`.
+"""The command line: `python -m reproduce run | report | status | export | evaluate | defend`.
 
 A wrong argument, file or configuration is one line on stderr and exit code 2. A run that failed is exit code 1.
 """
@@ -18,7 +18,7 @@ import click
 import torch
 
 from reproduce import data, models
-from reproduce.cells import Task, with_dependencies
+from reproduce.cells import Task, Victim, with_dependencies
 from reproduce.engine import Workers, check_data, cost, execute, seconds_per_cost
 from reproduce.errors import UserError
 from reproduce.protocols import PAPERS, PROFILES, Entry, Profile, entries
@@ -158,6 +158,22 @@ def status(**selected: Any) -> None:
     store = Store(selection.place)
     for task in with_dependencies([entry.task for entry in selection.entries(selection.profile)]):
         click.echo(f"{store.status(task.name):8} {task.name}")
+
+
+@main.command()
+@SELECTION
+@click.option("--into", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the copy goes.")
+def export(into: Path, **selected: Any) -> int:
+    """Copy finished runs, victims with their weights and defenses without, and write their report: for publishing."""
+    selection = Selection(**selected)
+    profile = selection.profile
+    results = Results(Store(selection.place), selection.entries(profile))
+    _check_writable(into)
+    for task in with_dependencies([entry.task for entry in results.entries]):
+        found = results.store.find(task.name)
+        if found:
+            Store(into).adopt(found, () if isinstance(task, Victim) else ("model.safetensors",))
+    return _report(Results(Store(into), results.entries), profile, into)
 
 
 def _list(tasks: list[Task], store: Store, jobs: int) -> None:

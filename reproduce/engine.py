@@ -182,14 +182,12 @@ class _Pool:
 
 @contextlib.contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Children inherit one-thread settings, and an allocator that keeps freed memory and uses huge pages (glibc and
-    torch on Linux; copying whole data sets becomes several times faster).
+    """Children inherit one-thread settings, and an allocator that keeps freed memory (glibc; a tenth faster).
 
     Both are read when a process starts or first imports a math library, so setting them later would be too late.
     """
     settings = {**dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-                "MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-                "THP_MEM_ALLOC_ENABLE": "1"}
+                "MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

@@ -76,7 +76,7 @@ def _runs(results: Results) -> list[dict[str, Any]]:
         name = entry.task.name
         if name not in found:
             run = results.run(entry.task)
-            status = results.store.status(name)
+            status = results.status(name)
             found[name] = {"name": name, "status": status, "items": [], "error": "",
                            "seconds": run.json("metrics")["seconds"] if run else None,
                            "environment": run.json("environment") if run else {}}

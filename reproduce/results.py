@@ -1,6 +1,6 @@
 """Protocol entries joined to the runs that exist: what tables, figures and claims are built from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 
@@ -13,10 +13,12 @@ MEASURES = ("acc", "acc_nontarget", "asr", "ra", "n_clean", "n_nontarget", "seco
 
 @dataclass
 class Results:
-    """All entries of one profile and the store their runs are in."""
+    """All entries of one profile and the store their runs are in, as it was when each run was first asked for:
+    a run's checksums are verified once."""
 
     store: Store
     entries: list[Entry]
+    _seen: dict[str, tuple[str, Run | None]] = field(default_factory=dict)
 
     def frame(self, paper: str, item: str) -> pd.DataFrame:
         """One row per entry of a table: its labels, seed, status, run name, and the measures (NaN where not done).
@@ -27,24 +29,33 @@ class Results:
         for entry in self.entries:
             if (entry.paper, entry.item) != (paper, item):
                 continue
-            name = entry.task.name
             run = self.run(entry.task)
             measured = run.json("metrics") if run else {}
-            rows.append({**entry.labels, "seed": entry.task.seed, "run": name, "status": self.store.status(name),
-                         **{key: measured.get(key) for key in MEASURES}})
+            rows.append({**entry.labels, "seed": entry.task.seed, "run": entry.task.name,
+                         "status": self.status(entry.task.name), **{key: measured.get(key) for key in MEASURES}})
         frame = pd.DataFrame(rows)
         for key in MEASURES:
             if key in frame:
                 frame[key] = pd.to_numeric(frame[key])
         return frame
 
+    def status(self, name: str) -> str:
+        """done, failed, damaged or missing."""
+        return self._look(name)[0]
+
     def run(self, task: Task) -> Run | None:
         """The finished run of a task."""
-        return self.store.find(task.name)
+        return self.named(task.name)
 
     def named(self, name: str) -> Run | None:
         """The finished run of that name."""
-        return self.store.find(name)
+        return self._look(name)[1]
+
+    def _look(self, name: str) -> tuple[str, Run | None]:
+        if name not in self._seen:
+            run = self.store.find(name)
+            self._seen[name] = ("done", run) if run else (self.store.status(name), None)
+        return self._seen[name]
 
     def victims(self, paper: str, item: str) -> dict[tuple[str, int], Run]:
         """Finished victims behind a table's cells by (attack label, seed)."""

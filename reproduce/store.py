@@ -121,8 +121,7 @@ class Store:
     def write(self, name: str, *, config: dict, environment: dict, metrics: dict, history: list[dict],
               arrays: dict[str, dict[str, np.ndarray]], tensors: dict[str, dict[str, Tensor]]) -> Run:
         """Assemble and publish a run. `arrays` and `tensors` map file stem -> content."""
-        partial = self.root / "partial" / f"{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        partial.mkdir(parents=True)
+        partial = self._partial(name)
         for stem, content in (("config", config), ("environment", environment), ("metrics", metrics)):
             (partial / f"{stem}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         (partial / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
@@ -133,15 +132,36 @@ class Store:
         for stem, content in tensors.items():
             contiguous = {key: value.detach().cpu().contiguous() for key, value in content.items()}
             (partial / f"{stem}.safetensors").write_bytes(tensors_to_bytes(contiguous))
+        target = self._publish(partial, name)
+        (self.root / "failed" / f"{name}.txt").unlink(missing_ok=True)
+        self.progress(name).clear()
+        return Run(target)
+
+    def adopt(self, run: Run, leave_out: tuple[str, ...] = ()) -> None:
+        """Copy a verified run of another store into this one, without the files named."""
+        if self.find(run.name):
+            return
+        self.set_aside(run.name)
+        partial = self._partial(run.name)
+        for path in run.path.iterdir():
+            if path.name not in ("manifest.json", "done", *leave_out):
+                shutil.copyfile(path, partial / path.name)
+        self._publish(partial, run.name)
+
+    def _partial(self, name: str) -> Path:
+        partial = self.root / "partial" / f"{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        partial.mkdir(parents=True)
+        return partial
+
+    def _publish(self, partial: Path, name: str) -> Path:
+        """Seal an assembled folder with its checksums and move it into place."""
         manifest = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         (partial / "done").write_text(_sha256(partial / "manifest.json") + "\n")
         target = self.root / "runs" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(target)
-        (self.root / "failed" / f"{name}.txt").unlink(missing_ok=True)
-        self.progress(name).clear()
-        return Run(target)
+        return target
 
     def progress(self, name: str) -> "Progress":
         """The resumable state of one training."""

@@ -100,7 +100,7 @@ def estimates(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str])
             rows.append({**dict(zip(keys, group, strict=True)), "measure": measure, "n": value.n, "mean": value.mean,
                          "sd": value.sd, "low": value.low, "high": value.high, "interval": value.method, "mark": "",
                          "runs": " ".join(measured(part, measure).run)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*keys, "measure", "n", "mean", "sd", "low", "high", "interval", "mark", "runs"])
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,14 @@ def printed(row: pd.Series, digits: int = 2) -> Value:
     return Value(value.text(digits), row["mark"], tuple(row.runs.split()))
 
 
+def grouped(rows: list[dict[tuple[str, str], object]]) -> pd.DataFrame:
+    """A printable frame with (group, column) headings; cells that a row lacks read "-"."""
+    frame = pd.DataFrame(rows).fillna(Value(MISSING))
+    if rows:
+        frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    return frame
+
+
 def counts(values: Sequence[int]) -> str:
     """How many seeds: "6", or "2–6" where cells differ."""
     low, high = min(values), max(values)
@@ -264,12 +272,12 @@ def attack_grid(results: Results, frame: pd.DataFrame, *, name: str, title: str,
         part = means[means.attacks == which] if len(means) else means
         if not len(part):
             continue
+        attacks = counts(part.n_attacks.to_list())
         cells = {(row.defense, heading(row.measure)): Value(f"{row['mean']:.1f}", runs=tuple(row.runs.split()))
                  for _, row in part.iterrows()}
         rows.append({("", "Attack"): "Average" if which == "all" else "Average, without †",
-                     ("", "n"): counts(part.n_attacks.to_list()) + " attacks", **cells})
-    shown = pd.DataFrame(rows).fillna(Value(MISSING))
-    shown.columns = pd.MultiIndex.from_tuples(shown.columns)
+                     ("", "n"): f"{attacks} attack{'s' * (attacks != '1')}", **cells})
+    shown = grouped(rows)
     extra = {"attack": "average, " + means.attacks + " (" + means.n_attacks.astype(str) + ")", "sd": math.nan,
              "interval": "hierarchical bootstrap", "mark": ""} if len(means) else {}
     numbers = pd.concat([data, means.assign(**extra)[data.columns]]) if len(means) else data

@@ -26,6 +26,7 @@ from tables.layout import (
     differences,
     estimate,
     estimates,
+    grouped,
     listing,
     measured,
     not_taken,
@@ -41,6 +42,8 @@ CONTROL = "NAD (beta = 0)"
 ROUNDING = 0.005        # published values have two decimals
 WIDE = 20.0             # points: a prediction interval wider than this agrees with almost anything
 VARIANTS = ("described", "released")
+# Items that hold runs to compare with the authors' own numbers, and on whose victim.
+VICTIMS = {"authors-victim": "authors' victim", "main-released": "our victim", "variants": "our victim"}
 
 
 def tables(results: Results, smoke: bool = False) -> list[Table]:
@@ -58,6 +61,7 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     for item in ABLATIONS:
         built += _if_present(results, item, lambda item: ablation(results, item))
     built += _if_present(results, "augmentation", lambda item: augmentation(results))
+    built += _if_present(results, "authors-victim", lambda item: authors_victim(results))
     built += _if_present(results, "curves", lambda item: epochs(results, smoke))
     built += _if_present(results, "main", lambda item: cost(results))
     return [replace(entry, name=f"{PAPER}-{entry.name}") for entry in built if len(entry.frame)]
@@ -78,7 +82,9 @@ def rows(results: Results, item: str, *keys: str) -> pd.DataFrame:
 def main_rows(results: Results, item: str, variant: str) -> pd.DataFrame:
     """Victims, and the defenses in one variant, of "main" or "main-released"."""
     frame = rows(results, item, "attack", "defense", "variant")
-    return frame[frame.variant.isin([variant, MISSING])]
+    frame = frame[frame.variant.isin([variant, MISSING])]
+    # Victims alone are no comparison.
+    return frame if (frame.variant == variant).any() else frame.iloc[:0]
 
 
 MAIN_TITLES = {
@@ -113,8 +119,7 @@ def mean_over_attacks(results: Results, item: str) -> Table:
     """Averages with intervals that cover both other seeds and other attacks, per variant of the defenses."""
     measures = ("asr", "acc", "acc_nontarget", "ra")
     frames = {variant: main_rows(results, item, variant) for variant in VARIANTS}
-    parts = [averages(frame, ["defense"], measures).assign(settings=variant) for variant, frame in frames.items()
-             if (frame.variant == variant).any()]
+    parts = [averages(frame, ["defense"], measures).assign(settings=variant) for variant, frame in frames.items()]
     data = pd.concat([part for part in parts if len(part)] or [pd.DataFrame()], ignore_index=True)
     shown = []
     if len(data):
@@ -211,6 +216,14 @@ def augmentation(results: Results) -> Table:
                    title="NAD: augmentation in the victim's training", caption="BadNets; marks within a victim.")
 
 
+def authors_victim(results: Results) -> Table:
+    """The defenses on the checkpoint that the authors published."""
+    return listing(results, rows(results, "authors-victim", "defense"), {"defense": "Defense"}, name="authors-victim",
+                   title="NAD: the defenses on the authors' published victim",
+                   caption="BadNets, released settings. The victim is one file for all seeds; a seed fixes the clean "
+                           "subset and the order of training.")
+
+
 def history(results: Results) -> pd.DataFrame:
     """Per-epoch measures of the "curves" runs: defense, seed, run, epoch (0 = before), acc, acc_nontarget, asr, ra."""
     found = []
@@ -243,12 +256,10 @@ def epochs(results: Results, smoke: bool) -> Table:
             cells |= {("Published log", heading(measure)): Value(MISSING if math.isnan(value) else f"{value:.2f}")
                       for measure, value in zip(measures, values, strict=True)}
         shown.append({("", "Epoch"): str(int(epoch)), **cells})
-    printable = pd.DataFrame(shown).fillna(Value(MISSING))
-    printable.columns = pd.MultiIndex.from_tuples(printable.columns)
     source = published_values()["log"]
     note = f" Published log: {source['source']}. {source['caveat']}" if log else ""
     n = "; ".join(f"{defense} {group.seed.nunique()}" for defense, group in frame.groupby("defense", sort=False))
-    return table("epochs", "NAD: epoch by epoch", f"{caption} Seeds: {n}.{note}", printable, data, frame, SPREAD)
+    return table("epochs", "NAD: epoch by epoch", f"{caption} Seeds: {n}.{note}", grouped(shown), data, frame, SPREAD)
 
 
 def cost(results: Results) -> Table:
@@ -285,7 +296,7 @@ CONTEXT = {"reproduced": math.nan, "sd": math.nan, "n": 0, "gap": math.nan, "low
 
 def published(results: Results, smoke: bool) -> list[Table]:
     """Published values beside reproduced ones, and those of a peer benchmark for context."""
-    items = {item: rows(results, item, "attack", "defense", "variant") for item in ("main-released", "variants")
+    items = {item: rows(results, item, "attack", "defense", "variant") for item in VICTIMS
              if present(results, PAPER, item)}
     if not items:
         return []
@@ -296,7 +307,10 @@ def published(results: Results, smoke: bool) -> list[Table]:
         cells = [cell for cell in entry["compare"] if cell["item"] in items] or [None]
         for cell in cells:
             part = _cell(items, cell) if cell else None
-            ours = " / ".join(label for label in cell["labels"].values() if label != MISSING) if cell else MISSING
+            ours = MISSING
+            if cell:
+                labels = [label for label in cell["labels"].values() if label != MISSING]
+                ours = f"{' / '.join(labels)}, {VICTIMS[cell['item']]}"
             line = {("", "Source"): entry["source"], ("", "Published as"): entry["what"], ("", "Reproduced as"): ours}
             for measure, value in entry["values"].items():
                 row = _gap(part, measure, value, smoke) if entry["compare"] else CONTEXT
@@ -318,9 +332,7 @@ def published(results: Results, smoke: bool) -> list[Table]:
                "wide with few seeds: wider than 20 points it decides nothing. Values of the paper's own tables are "
                "absent: the paper's text was not available. "
                + " ".join(f"({key}) {note}" for note, key in notes.items()))
-    frame = pd.DataFrame(shown)
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
-    main = table("published", "NAD: published and reproduced", caption, frame, pd.DataFrame(numbers),
+    main = table("published", "NAD: published and reproduced", caption, grouped(shown), pd.DataFrame(numbers),
                  pd.concat(used) if used else next(iter(items.values())).iloc[:0])
     return [main, peers(values["peers"])]
 
@@ -329,10 +341,10 @@ def peers(block: dict[str, Any]) -> Table:
     """A peer benchmark's values, without any comparison."""
     data = pd.DataFrame([{"attack": row["attack"], "defense": row["defense"], **row["values"],
                           "source": block["source"], "setting": block["setting"]} for row in block["rows"]])
-    grouped = {attack: {(row.defense, heading(m)): Value(f"{row[m]:.2f}") for row in part.iloc for m in ("asr", "acc")}
-               for attack, part in data.groupby("attack", sort=False)}
-    frame = pd.DataFrame([{("", "Attack"): attack, **cells} for attack, cells in grouped.items()])
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    by_attack = {attack: {(row.defense, heading(measure)): Value(f"{row[measure]:.2f}")
+                          for row in part.iloc for measure in ("asr", "acc")}
+                 for attack, part in data.groupby("attack", sort=False)}
+    frame = grouped([{("", "Attack"): attack, **cells} for attack, cells in by_attack.items()])
     return Table("published-peers", f"Context: {block['where']}",
                  f"Published values, percent; nothing here was run by this artifact. {block['setting']}. "
                  f"{block['caveat']} Source: {block['source']}.", frame, data)

@@ -98,9 +98,14 @@ def test_scripts_are_executable_and_parse(script: str) -> None:
 
 
 def run(script: Path, *arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "BACKDOOR_VENV", "PYTHONPATH")}
-    return subprocess.run([script, *arguments], cwd=cwd, env={**inherited, **variables}, text=True, capture_output=True,
+    return subprocess.run([script, *arguments], cwd=cwd, env=environment(**variables), text=True, capture_output=True,
                           stdin=subprocess.DEVNULL)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Ours without what the scripts look at, and `variables`."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "BACKDOOR_VENV", "PYTHONPATH")}
+    return {**kept, **variables}
 
 
 def stub(path: Path, body: str) -> str:
@@ -123,6 +128,20 @@ def project(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture
+def quick_python(tmp_path: Path) -> str:
+    """A Python whose environments hold, instead of pip (seconds to unpack), one that installs nothing and refuses
+    lines without a hash."""
+    pip = "import sys; sys.exit('no-hash' in open(sys.argv[-1]).read())"
+    return stub(tmp_path / "quick python", f"""
+case "$1 $2" in
+    "-m venv")
+        "{sys.executable}" -m venv --without-pip "$3"
+        for site in "$3"/lib/python3.*/site-packages; do echo "{pip}" > "$site/pip.py"; done ;;
+    *) exec "{sys.executable}" "$@" ;;
+esac""")
+
+
 def stamp(project: Path) -> str:
     return (project / ".venv" / "backdoor-erasure.lock").read_text().strip()
 
@@ -141,15 +160,15 @@ def test_first_run_builds_the_environment_and_the_second_reuses_it(project: Path
     assert (second.returncode, second.stdout, second.stderr) == (7, "run\n", "")
 
 
-def test_changed_lock_or_interrupted_install_is_rebuilt(project: Path) -> None:
-    assert run(project / "run_all.sh").returncode == 7
+def test_changed_lock_or_interrupted_install_is_rebuilt(project: Path, quick_python: str) -> None:
+    assert run(project / "run_all.sh", PYTHON=quick_python).returncode == 7
     leftover = project / ".venv" / "leftover"
     for spoil in (lambda: (project / "requirements.lock").write_text("# newer\n"),
                   lambda: (project / ".venv" / "backdoor-erasure.lock").write_text(""),
                   lambda: (project / ".venv" / "bin" / "python").unlink()):
         leftover.touch()
         spoil()
-        assert "Installing" in run(project / "run_all.sh").stderr
+        assert "Installing" in run(project / "run_all.sh", PYTHON=quick_python).stderr
         assert stamp(project) == lock_digest(project) and not leftover.exists()
 
 
@@ -161,17 +180,17 @@ def test_environment_made_by_hand_is_completed_in_place(project: Path) -> None:
     assert kept.exists() and stamp(project) == lock_digest(project)
 
 
-def test_failed_install_is_reported_and_not_taken_for_complete(project: Path) -> None:
+def test_failed_install_is_reported_and_not_taken_for_complete(project: Path, quick_python: str) -> None:
     (project / "requirements.lock").write_text("no-hash-here==1.0\n")
-    failed = run(project / "run_all.sh")
+    failed = run(project / "run_all.sh", PYTHON=quick_python)
     assert failed.returncode == 1 and "installation failed" in failed.stderr.splitlines()[-1]
     (project / "requirements.lock").write_text("")
-    assert run(project / "run_all.sh").returncode == 7
+    assert run(project / "run_all.sh", PYTHON=quick_python).returncode == 7
 
 
-def test_simultaneous_first_runs_build_once(project: Path) -> None:
-    runs = [subprocess.Popen([project / "run_all.sh"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for _ in range(3)]
+def test_simultaneous_first_runs_build_once(project: Path, quick_python: str) -> None:
+    runs = [subprocess.Popen([project / "run_all.sh"], env=environment(PYTHON=quick_python), text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
     messages = [process.communicate()[1] for process in runs]
     assert [process.returncode for process in runs] == [7, 7, 7], messages
     assert sum("Installing" in message for message in messages) == 1

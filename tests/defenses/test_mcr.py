@@ -87,7 +87,7 @@ def test_batch_norm_statistics_are_measured_anew(victim, clean):
     seen = []
     model.bn1.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        mcr.measure_batch_norm(model, clean.images, batch=30)   # 30, 30, 30 and 10 images
+        mcr.measure_batch_norm(model, clean.images, batch=40)   # 40, 40 and 20 images
     torch.testing.assert_close(model.bn1.running_mean, torch.cat(seen).mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
     assert [m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)][:3] == momenta
 

@@ -27,7 +27,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = badnets.Config(target=3)
     poisoned = badnets.poison(digits.train_images, digits.train_labels, settings, {}, 0, 10)
     model = build("wrn-10-1", 10, 0)
-    train(model, poisoned.images, poisoned.labels, replace(RELEASED, epochs=6, rates=((0, 0.1), (4, 0.01))), 0, phase="victim")
+    recipe = replace(RELEASED, epochs=6, rates=((0, 0.1), (4, 0.01)))
+    train(model, poisoned.images, poisoned.labels, recipe, 0, phase="victim")
     path = tmp_path_factory.mktemp("own") / "own.pth.tar"
     torch.save({"state_dict": model.state_dict(), "epoch": 4}, path)
     return path
@@ -55,14 +56,15 @@ def test_the_target_matters(checkpoint: Path) -> None:
 
 
 def test_without_an_attack_clean_accuracy_only(checkpoint: Path) -> None:
-    assert set(json.loads(call("evaluate", "--checkpoint", str(checkpoint), *COMMON, "--json")[1])) == {"acc", "n_clean"}
+    found = json.loads(call("evaluate", "--checkpoint", str(checkpoint), *COMMON, "--json")[1])
+    assert set(found) == {"acc", "n_clean"}
 
 
 @pytest.mark.parametrize("defense", ["ft", "nad"])
 def test_defend_repairs_and_what_it_wrote_loads_again(checkpoint: Path, tmp_path: Path, defense: str) -> None:
     output = tmp_path / "repaired.safetensors"
-    code, out = call("defend", "--checkpoint", str(checkpoint), *COMMON, "--defense", defense, "--clean-fraction", "0.2",
-                     "--seed", "0", *ATTACK, "--output", str(output), "--json")
+    code, out = call("defend", "--checkpoint", str(checkpoint), *COMMON, "--defense", defense, "--clean-fraction",
+                     "0.2", "--seed", "0", *ATTACK, "--output", str(output), "--json")
     found = json.loads(out)
     assert code == 0 and found["before"]["asr"] > 80 and found["seconds"] > 0
     assert found["after"]["asr"] != found["before"]["asr"]

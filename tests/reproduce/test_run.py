@@ -19,7 +19,8 @@ from reproduce.store import Store
 from reproduce.training import Recipe
 
 ROOT = Path(__file__).parent.parent.parent
-RUN = [sys.executable, "-m", "reproduce", "run", "--profile", "quick", "--item", "curves", "--seeds", "1", "--jobs", "2"]
+RUN = [sys.executable, "-m", "reproduce", "run", "--profile", "quick", "--item", "curves", "--seeds", "1",
+       "--jobs", "2"]
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
@@ -37,7 +38,8 @@ def published(folder: Path) -> dict[str, bytes]:
 
     The cost table is left out: it shows measured seconds.
     """
-    files = [*folder.glob("tables/**/*.csv"), *folder.glob("runs/*/predictions.npz"), *folder.glob("runs/*/history.jsonl")]
+    files = [path for pattern in ("tables/**/*.csv", "runs/*/predictions.npz", "runs/*/history.jsonl")
+             for path in folder.glob(pattern)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if "cost" not in path.name}
 
 

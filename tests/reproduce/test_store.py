@@ -88,3 +88,11 @@ def test_a_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path: Path
     sleeper.kill()
     with Store(tmp_path).lock("run"):
         pass
+
+
+def test_a_run_adopted_without_its_weights_is_whole(tmp_path: Path) -> None:
+    run, copy = write(Store(tmp_path / "a")), Store(tmp_path / "b")
+    copy.adopt(run, ("model.safetensors",))
+    copy.adopt(run)  # already there: left alone
+    found = copy.find("run")
+    assert found.json("config") == {"a": 1} and not (found.path / "model.safetensors").exists()

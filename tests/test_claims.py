@@ -1,0 +1,97 @@
+"""Verdicts on runs made to fit them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reproduce import claims
+from reproduce.protocols import PROFILES, Entry
+from reproduce.results import Results
+from reproduce.store import Store
+from tests.synthetic import ATTACKS, Stub, results, write_run
+
+
+def made(root: Path, levels: dict[str, tuple[float, float]], seeds: int = 6, attacks: tuple[str, ...] = ATTACKS
+         ) -> Results:
+    """Main-table runs at exactly these (ACC, ASR) levels plus a little noise, described settings."""
+    store, entries = Store(root), []
+    for seed in range(seeds):
+        for number, attack in enumerate(attacks):
+            for place, (defense, (acc, asr)) in enumerate(levels.items()):
+                labels = {"attack": attack, "defense": defense, "variant": "-" if defense == "Before" else "described"}
+                task = Stub(f"{attack}-{defense}".replace(" ", ""), seed)
+                entries.append(Entry("nad", "main", labels, task))
+                write_run(store, task, acc, asr, 1000 * seed + 10 * number + place, with_pictures=False)
+    return Results(store, entries)
+
+
+def verdict(results_: Results, name: str, profile: str = "paper") -> str:
+    return next(claim.verdict for claim in claims.claims(results_, PROFILES[profile]) if claim.name == name)
+
+
+GOOD = {"Before": (90, 99), "NAD (beta = 0)": (89, 40), "NAD": (89, 4)}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return made(tmp_path_factory.mktemp("good"), GOOD)
+
+
+def test_erased_without_loss_and_by_distillation(good: Results) -> None:
+    assert verdict(good, "erases-six-attacks-described") == claims.SUPPORTED
+    assert verdict(good, "no-obvious-loss-described") == claims.SUPPORTED
+    assert verdict(good, "distillation-adds-described") == claims.SUPPORTED
+    assert verdict(good, "erases-six-attacks-released") == claims.NOT_RUN
+    assert verdict(good, "augmentation-makes-erasure-harder") == claims.NOT_RUN
+
+
+def test_not_erased_with_loss_and_no_gain(tmp_path: Path) -> None:
+    found = made(tmp_path, {"Before": (90, 99), "NAD (beta = 0)": (70, 59), "NAD": (70, 60)})
+    assert verdict(found, "erases-six-attacks-described") == claims.REFUTED
+    assert verdict(found, "no-obvious-loss-described") == claims.REFUTED
+    assert verdict(found, "distillation-adds-described") != claims.SUPPORTED
+
+
+def test_the_same_erasure_without_distillation_refutes_the_control(tmp_path: Path) -> None:
+    found = made(tmp_path, {"Before": (90, 99), "NAD (beta = 0)": (89, 1), "NAD": (89, 1)})
+    assert verdict(found, "distillation-adds-described") == claims.REFUTED
+
+
+def test_five_attacks_do_not_support_a_claim_about_six(tmp_path: Path) -> None:
+    assert verdict(made(tmp_path, GOOD, attacks=ATTACKS[:5]), "erases-six-attacks-described") == claims.UNDECIDED
+
+
+def test_an_attack_that_did_not_take_is_not_erased(tmp_path: Path) -> None:
+    found = made(tmp_path, {"Before": (90, 20), "NAD": (89, 2)})
+    assert verdict(found, "erases-six-attacks-described") == claims.UNDECIDED
+
+
+def test_five_pairs_cannot_support_the_control(tmp_path: Path) -> None:
+    found = made(tmp_path, GOOD, seeds=1, attacks=ATTACKS[:5])
+    assert verdict(found, "distillation-adds-described") == claims.UNDECIDED
+
+
+def test_smoke_scale_gives_no_verdict_and_shortened_protocol_says_so(good: Results) -> None:
+    assert verdict(good, "erases-six-attacks-described", "quick") == claims.NO_VERDICT
+    assert verdict(good, "erases-six-attacks-released", "quick") == claims.NOT_RUN
+    assert {claim.scale for claim in claims.claims(good, PROFILES["cpu"])} == {"shortened protocol"}
+
+
+@pytest.mark.parametrize("outcomes, expected", [
+    (["supported", "supported"], "supported"), (["supported", "not run"], "inconclusive"),
+    (["not supported", "supported"], "not supported"), (["inconclusive", "supported"], "inconclusive"),
+    (["not run", "not run"], "not run"),
+])
+def test_combine(outcomes: list[str], expected: str) -> None:
+    assert claims.combine([claims.Check("", outcome, "") for outcome in outcomes]) == expected
+
+
+def test_json_has_no_nan_and_names_the_runs(tmp_path: Path) -> None:
+    found = claims.claims(results(tmp_path / "store", seeds=1), PROFILES["paper"])
+    claims.write(found, tmp_path / "claims.json")
+    loaded = json.loads((tmp_path / "claims.json").read_text(), parse_constant=pytest.fail)
+    assert len(loaded) == 7
+    augmentation = next(claim for claim in loaded if claim["name"].startswith("augmentation"))
+    assert augmentation["outcome"] == "inconclusive", "one seed decides nothing"
+    assert augmentation["checks"][0]["low"] is None and augmentation["runs"]

@@ -1,0 +1,87 @@
+"""The report: complete, self-contained, honest about gaps, and the same bytes for the same runs."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from reproduce.protocols import PROFILES
+from reproduce.report import ReportSummary, write_report
+from reproduce.results import Results
+from tests.synthetic import results
+
+COMMAND = "./run_all.sh --profile quick <&>"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results(tmp_path_factory.mktemp("runs"), seeds=2, full=False)
+
+
+@pytest.fixture(scope="module")
+def summary(runs: Results, tmp_path_factory: pytest.TempPathFactory) -> ReportSummary:
+    runs.store.fail("main-Refool-FP-described-s0",
+                    "Traceback (most recent call last):\n  File \"x\"\nValueError: no <such> layer\n")
+    return write_report(runs, PROFILES["quick"], tmp_path_factory.mktemp("report"), COMMAND)
+
+
+def test_summary_counts_and_shows_the_main_table(summary: ReportSummary) -> None:
+    assert (summary.done, summary.failed, summary.damaged, summary.missing) == (106, 1, 0, 1)
+    assert not summary.complete
+    assert "BadNets" in summary.main and "NAD (beta = 0)" in summary.main
+    assert {verdict for _claim, verdict in summary.verdicts} == {"smoke scale: no verdict on the paper", "not run"}
+
+
+def test_page_is_self_contained_and_well_formed(summary: ReportSummary) -> None:
+    page = summary.page.read_text()
+    for reference in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert reference.startswith(("data:image/png;base64,", "#")), reference[:60]
+    assert "url(" not in page and "@import" not in page and "<script" not in page
+    identifiers = re.findall(r'\bid="([^"]*)"', page)
+    assert len(identifiers) == len(set(identifiers))
+    assert {link[1:] for link in re.findall(r'href="(#[^"]*)"', page)} <= set(identifiers)
+    Balanced().feed(page)
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag closed out of turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+
+def test_page_names_gaps_profile_and_command(summary: ReportSummary) -> None:
+    page = summary.page.read_text()
+    assert "ValueError: no &lt;such&gt; layer" in page and "main-CL-MCR-described-s0" in page
+    assert "./run_all.sh --profile quick &lt;&amp;&gt;" in page
+    assert "Smoke scale" in page and "scikit-learn" in page and "2026-01-01T00:00:00Z" in page
+
+
+def test_files_are_written(summary: ReportSummary) -> None:
+    folder = summary.page.parent
+    assert (folder / "claims.json").exists()
+    assert {path.suffix for path in (folder / "tables").iterdir()} == {".csv", ".md", ".tex", ".html"}
+    assert {path.suffix for path in (folder / "figures").iterdir()} == {".pdf", ".png", ".csv"}
+
+
+@pytest.mark.slow
+def test_same_runs_same_bytes(summary: ReportSummary, runs: Results, tmp_path: Path) -> None:
+    write_report(runs, PROFILES["quick"], tmp_path, COMMAND)
+    first = summary.page.parent
+    for path in sorted(first.rglob("*")):
+        if path.is_file():
+            assert (tmp_path / path.relative_to(first)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_empty_results_still_make_a_page(tmp_path: Path, runs: Results) -> None:
+    summary = write_report(Results(runs.store, []), PROFILES["paper"], tmp_path, COMMAND)
+    assert summary.main == "" and summary.complete and "No finished run" in summary.page.read_text()

@@ -1,0 +1,120 @@
+"""Statistics against hand calculations, scipy and published examples."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reproduce.statistics import (
+    hierarchical_bootstrap,
+    holm,
+    mcnemar,
+    paired_difference,
+    paired_t,
+    prediction_interval,
+    sample_sd,
+    t_interval,
+    wilcoxon,
+)
+
+
+def test_sample_sd_divides_by_n_minus_1() -> None:
+    assert sample_sd([1.0, 2.0, 3.0]) == 1.0
+    assert math.isnan(sample_sd([5.0]))
+
+
+def test_t_interval_by_hand() -> None:
+    # mean 2, SD 1, n 3: t(0.975, 2) = 4.30265, half width 4.30265 / sqrt(3)
+    interval = t_interval([1.0, 2.0, 3.0])
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((2.0, 2 - 2.48414, 2 + 2.48414), abs=1e-5)
+    assert math.isnan(t_interval([4.0]).low) and t_interval([4.0]).mean == 4.0
+    assert math.isnan(t_interval([]).mean)
+
+
+def test_prediction_interval_is_wider_by_sqrt_n_plus_1() -> None:
+    values = [80.0, 82.0, 81.0, 83.0]
+    mean, one_more = t_interval(values), prediction_interval(values)
+    assert (one_more.high - one_more.mean) / (mean.high - mean.mean) == pytest.approx(math.sqrt(5))
+
+
+def test_an_interval_of_unknown_width_is_on_no_side() -> None:
+    unknown = t_interval([4.0])
+    assert not unknown.above(0) and not unknown.below(100)
+
+
+def test_paired_t_is_scipys() -> None:
+    first, second = np.array([5.0, 7.0, 6.0, 9.0]), np.array([4.0, 7.0, 3.0, 5.0])
+    assert paired_t(first - second).p == pytest.approx(stats.ttest_rel(first, second).pvalue)
+    assert paired_t([0.0, 0.0]).p == 1.0
+    assert paired_t([2.0, 2.0]).p == 0.0
+    assert math.isnan(paired_t([1.0]).p)
+
+
+@pytest.mark.parametrize("n", [5, 6, 11, 20])
+def test_wilcoxon_without_ties_is_scipys_exact_test(n: int) -> None:
+    values = np.random.default_rng(n).normal(0.4, 1, n)
+    assert wilcoxon(values).p == pytest.approx(stats.wilcoxon(values, method="exact").pvalue)
+
+
+def test_wilcoxon_with_ties_and_zeros_counts_every_sign() -> None:
+    differences = [1.0, 1.0, -2.0, 3.0, 3.0, 0.0, 5.0]
+    kept = np.array([value for value in differences if value])
+    ranks = stats.rankdata(np.abs(kept))
+    observed = min(ranks[kept > 0].sum(), ranks[kept < 0].sum())
+    sums = [sum(r for r, sign in zip(ranks, signs, strict=True) if sign)
+            for signs in itertools.product((0, 1), repeat=len(ranks))]
+    assert wilcoxon(differences).p == pytest.approx(2 * np.mean(np.array(sums) <= observed))
+
+
+def test_six_pairs_are_the_fewest_that_reach_5_percent() -> None:
+    assert wilcoxon([-1, -2, -3, -4, -5, -6]).p == pytest.approx(2 / 64)
+    assert wilcoxon([-1, -2, -3, -4, -5, -6]).note == ""
+    five = wilcoxon([-1, -2, -3, -4, -5])
+    assert five.p == pytest.approx(2 / 32) and "n = 5" in five.note
+    assert math.isnan(wilcoxon([0.0, 0.0]).p)
+
+
+def test_mcnemar_counts_discordant_images_only() -> None:
+    first = np.array([True] * 10 + [False] * 2 + [True] * 50)
+    second = np.array([False] * 10 + [True] * 2 + [True] * 50)
+    result = mcnemar(first, second)
+    assert (result.only_first, result.only_second) == (10, 2)
+    # 2 * P(X <= 2), X ~ Binomial(12, 1/2) = 2 * (1 + 12 + 66) / 4096
+    assert result.p == pytest.approx(2 * 79 / 4096)
+    assert mcnemar(first, first).p == 1.0
+
+
+def test_paired_difference_by_hand() -> None:
+    # 10 and 2 discordant of 100: difference 8 points, SE = sqrt((12/100 - 0.08^2) / 100)
+    first = np.array([True] * 10 + [False] * 2 + [True] * 88)
+    second = np.array([False] * 10 + [True] * 2 + [True] * 88)
+    interval = paired_difference(first, second)
+    half = 1.959964 * 100 * math.sqrt((0.12 - 0.0064) / 100)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((8, 8 - half, 8 + half), abs=1e-4)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    adjusted = holm([0.01, math.nan, 0.6])
+    assert adjusted[0] == pytest.approx(0.02) and math.isnan(adjusted[1]) and adjusted[2] == pytest.approx(0.6)
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_bootstrap_is_deterministic_and_covers_the_groups() -> None:
+    groups = [[10.0, 11.0], [20.0, 21.0, 22.0], [30.0]]
+    interval = hierarchical_bootstrap(groups)
+    assert interval == hierarchical_bootstrap(groups)
+    assert interval.mean == pytest.approx((10.5 + 21 + 30) / 3)
+    # Three groups drawn with replacement: all from the lowest in 1 of 27 draws, so the 2.5 % quantile lies there.
+    assert 10.0 <= interval.low <= 11.0 and interval.high == pytest.approx(30.0)
+
+
+def test_bootstrap_of_one_group_resamples_its_values() -> None:
+    values = np.random.default_rng(0).normal(50, 4, 40)
+    interval = hierarchical_bootstrap([values])
+    standard_error = values.std() / math.sqrt(40)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
+    assert math.isnan(hierarchical_bootstrap([[3.0]]).low)
+    assert math.isnan(hierarchical_bootstrap([]).mean)

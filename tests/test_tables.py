@@ -1,0 +1,189 @@
+"""Tables from fixed synthetic runs: numbers, marks, gaps and every output format."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from reproduce.metrics import wilson
+from reproduce.protocols import PROFILES, Entry
+from reproduce.results import Results
+from reproduce.store import Store
+from tables import nad, render
+from tables.layout import PUBLISHED, estimate
+from tests.synthetic import Stub, results, write_run
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results(tmp_path_factory.mktemp("two"), seeds=2)
+
+
+@pytest.fixture(scope="module")
+def tables(two: Results) -> dict[str, render.Table]:
+    return {table.name: table for table in nad.tables(two)}
+
+
+def small(root: Path) -> Results:
+    """Two attacks, three defenses, two seeds, one missing run and one attack that does not take."""
+    store, entries = Store(root), []
+    for seed in (0, 1):
+        for attack, before in (("BadNets", 99), ("SIG", 30)):
+            for defense, acc, asr in (("Before", 88, before), ("FT", 85, 30), ("NAD", 84, 5)):
+                labels = {"attack": attack, "defense": defense, "variant": "-" if defense == "Before" else "described"}
+                task = Stub(f"{attack}-{defense}", seed)
+                entries.append(Entry("nad", "main", labels, task))
+                if (attack, defense, seed) != ("SIG", "FT", 1):
+                    write_run(store, task, acc, asr, 100 * seed + len(entries))
+    return Results(store, entries)
+
+
+GOLDEN = """\
+# NAD: attacks and defenses as described
+# Profile paper (the exact protocol); dataset cifar10, model wrn-16-1; seeds 0, 1; 11 finished runs.
+attack,defense,measure,n,mean,sd,low,high,interval,mark,runs
+BadNets,Before,asr,2,99.3056,0.589256,94.0113,100,t,,BadNets-Before-s0 BadNets-Before-s1
+BadNets,Before,acc,2,88.25,2.47487,66.0141,100,t,,BadNets-Before-s0 BadNets-Before-s1
+BadNets,FT,asr,2,33.0556,1.96419,15.408,50.7031,t,,BadNets-FT-s0 BadNets-FT-s1
+BadNets,FT,acc,2,84.25,1.06066,74.7203,93.7797,t,tied,BadNets-FT-s0 BadNets-FT-s1
+BadNets,NAD,asr,2,7.77778,0.392837,4.24828,11.3073,t,best,BadNets-NAD-s0 BadNets-NAD-s1
+BadNets,NAD,acc,2,85.125,0.176777,83.5367,86.7133,t,best,BadNets-NAD-s0 BadNets-NAD-s1
+SIG,Before,asr,2,31.5278,1.76777,15.645,47.4105,t,,SIG-Before-s0 SIG-Before-s1
+SIG,Before,acc,2,85.75,4.24264,47.6314,100,t,,SIG-Before-s0 SIG-Before-s1
+SIG,FT,asr,1,31.6667,,27.0765,36.6439,Wilson,,SIG-FT-s0
+SIG,FT,acc,1,84.75,,80.8976,87.9413,Wilson,best,SIG-FT-s0
+SIG,NAD,asr,2,5.83333,2.74986,0,30.5398,t,best,SIG-NAD-s0 SIG-NAD-s1
+SIG,NAD,acc,2,84.625,3.35876,54.4478,100,t,tied,SIG-NAD-s0 SIG-NAD-s1
+"average, all (2)",Before,asr,3,64.7917,,30.2778,99.5139,hierarchical bootstrap,,BadNets-Before-s0 SIG-Before-s0 BadNets-Before-s1
+"average, all (2)",FT,asr,3,32.3611,,31.6667,33.75,hierarchical bootstrap,,BadNets-FT-s0 SIG-FT-s0 BadNets-FT-s1
+"average, all (2)",NAD,asr,3,7.77778,,7.63889,7.91667,hierarchical bootstrap,,BadNets-NAD-s0 SIG-NAD-s0 BadNets-NAD-s1
+"average, all (2)",Before,acc,3,85.5,,82.75,89.125,hierarchical bootstrap,,BadNets-Before-s0 SIG-Before-s0 BadNets-Before-s1
+"average, all (2)",FT,acc,3,84.5,,83.875,84.875,hierarchical bootstrap,,BadNets-FT-s0 SIG-FT-s0 BadNets-FT-s1
+"average, all (2)",NAD,acc,3,83.6875,,82.25,85.1875,hierarchical bootstrap,,BadNets-NAD-s0 SIG-NAD-s0 BadNets-NAD-s1
+"average, working backdoors (1)",Before,asr,2,99.3056,,98.8889,99.7222,hierarchical bootstrap,,BadNets-Before-s0 BadNets-Before-s1
+"average, working backdoors (1)",FT,asr,2,33.0556,,31.6667,34.4444,hierarchical bootstrap,,BadNets-FT-s0 BadNets-FT-s1
+"average, working backdoors (1)",NAD,asr,2,7.77778,,7.5,8.05556,hierarchical bootstrap,,BadNets-NAD-s0 BadNets-NAD-s1
+"average, working backdoors (1)",Before,acc,2,88.25,,86.5,90,hierarchical bootstrap,,BadNets-Before-s0 BadNets-Before-s1
+"average, working backdoors (1)",FT,acc,2,84.25,,83.5,85,hierarchical bootstrap,,BadNets-FT-s0 BadNets-FT-s1
+"average, working backdoors (1)",NAD,acc,2,85.125,,85,85.25,hierarchical bootstrap,,BadNets-NAD-s0 BadNets-NAD-s1
+"""  # noqa: E501
+
+
+def test_golden_main_table(tmp_path: Path) -> None:
+    table = next(table for table in nad.tables(small(tmp_path)) if table.name == "nad-main")
+    assert render.csv(table, PROFILES["paper"]) == GOLDEN
+    assert table.frame.iloc[1, 0] == "SIG †"
+    assert str(table.frame.loc[1, ("FT", "ASR")]).endswith("]"), "one seed shows its Wilson interval"
+    assert list(table.frame["", "Attack"]) == ["BadNets", "SIG †", "Average", "Average, without †"]
+
+
+def test_no_run_prints_no_zero(tmp_path: Path) -> None:
+    entries = [Entry("nad", "main", {"attack": "BadNets", "defense": defense, "variant": "described"}, Stub(defense, 0))
+               for defense in ("FT", "NAD")]
+    table = next(table for table in nad.tables(Results(Store(tmp_path), entries)) if table.name == "nad-main")
+    assert {str(value) for value in table.frame.iloc[0, 2:]} == {"-"}
+    assert "| - |" in render.markdown(table, PROFILES["paper"])
+
+
+def test_absent_items_are_skipped(tmp_path: Path) -> None:
+    assert {table.name for table in nad.tables(small(tmp_path))}.isdisjoint({"nad-beta", "nad-epochs", "nad-published"})
+    assert nad.tables(Results(Store(tmp_path), [])) == []
+
+
+def test_every_item_has_its_table(tables: dict[str, render.Table]) -> None:
+    assert set(tables) == {f"nad-{name}" for name in (
+        "main", "main-released-defenses", "main-released", "published", "published-peers", "main-complete",
+        "main-averages", "main-significance", "main-released-complete", "main-released-averages",
+        "main-released-significance", "clean-fraction", "attention", "distillation", "teacher", "beta", "variants",
+        "augmentation", "epochs", "cost")}
+
+
+def test_estimate_of_one_seed_is_wilsons(two: Results) -> None:
+    row = two.frame("nad", "beta").iloc[:1]
+    value = estimate(row, "asr")
+    assert (value.low, value.high) == wilson(round(row.asr.iloc[0] / 100 * 360), 360)
+
+
+def test_before_is_never_marked(tables: dict[str, render.Table]) -> None:
+    data = tables["nad-main"].data
+    assert set(data.mark[data.defense == "Before"]) == {""}
+    best = data[(data.mark == "best") & (data.measure == "asr")]
+    assert len(best) == 6, "one best per attack"
+    for row in best.itertuples():
+        others = data[(data.attack == row.attack) & (data.measure == "asr") & (data.defense != "Before")]
+        assert row.mean == others["mean"].min()
+
+
+def test_averages_use_common_pairs_only(tables: dict[str, render.Table]) -> None:
+    # CL lacks MCR at seed 0 and Refool lacks FP at seed 0: 12 pairs less 2.
+    data = tables["nad-main-averages"].data
+    described = data[(data.settings == "described") & (data.attacks == "all")]
+    assert set(described.n) == {10} and set(described.n_attacks) == {6}
+    assert set(data[data.attacks == "working backdoors"].n_attacks) == {5}, "SIG did not take"
+
+
+def test_significance_is_paired_and_corrected(tables: dict[str, render.Table], two: Results) -> None:
+    data = tables["nad-main-significance"].data.set_index(["defense", "settings", "measure"])
+    row = data.loc[("FT", "released", "asr")]
+    frame = two.frame("nad", "main").query("variant == 'released'").set_index(["attack", "seed"])
+    gap = frame[frame.defense == "FT"].asr - frame[frame.defense == nad.CONTROL].asr
+    assert row.difference == pytest.approx(gap.groupby("attack").mean().mean())
+    assert row.n == 12 and row.p == pytest.approx(2 / 4096) and row.p_holm >= row.p
+    assert row.mcnemar_higher > 0 and row.mcnemar_lower == 0
+
+
+def test_published_gap_and_verdict(tables: dict[str, render.Table], two: Results) -> None:
+    data = tables["nad-published"].data
+    row = data[(data.what == "Before") & (data.measure == "acc_nontarget")].iloc[0]
+    ours = two.frame("nad", "main-released").query("attack == 'BadNets' and defense == 'Before'").acc_nontarget
+    assert row.gap == pytest.approx(ours.mean() - 85.65)
+    assert set(data.verdict) <= {"agrees", "undecided", "ours is lower", "ours is higher", "context"}
+    smoke = next(table for table in nad.tables(two, smoke=True) if table.name == "nad-published")
+    assert smoke.data.gap.isna().all() and set(smoke.data.verdict) == {"smoke scale: not comparable", "context"}
+
+
+def test_published_values_all_have_a_source() -> None:
+    values = json.loads((PUBLISHED / "nad.json").read_text())
+    for block in [*values["rows"], values["log"], values["peers"], *values["claims"].values()]:
+        assert block["source"]
+    for row in values["rows"]:
+        assert {"what", "setting", "unit", "caveat", "compare"} <= set(row)
+    assert 'recall' not in json.dumps(values).lower()
+
+
+def test_epochs_skip_the_teacher_and_show_the_log(tables: dict[str, render.Table]) -> None:
+    frame = tables["nad-epochs"].frame
+    assert list(frame["", "Epoch"]) == ["0", "1", "2", "3", "4", "5"]
+    assert str(frame.loc[1, ("Published log", "ASR")]) == "9.60"
+    assert set(tables["nad-epochs"].data.n) == {2}
+
+
+@pytest.mark.parametrize("name", ["nad-main", "nad-published", "nad-attention", "nad-cost"])
+def test_every_format_is_well_formed(tables: dict[str, render.Table], name: str, tmp_path: Path) -> None:
+    table = tables[name]
+    render.write(table, tmp_path, PROFILES["quick"])
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".md", ".tex", ".html"}
+    csv = (tmp_path / f"{name}.csv").read_text()
+    assert len(pd.read_csv(io.StringIO(csv), comment="#")) == len(table.data)
+    latex = (tmp_path / f"{name}.tex").read_text()
+    body = [line for line in latex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(table.frame.columns) - 1}
+    assert not re.search(r"(?<!\\)[_^|†±]", latex.split(r"\midrule")[1].replace(r"\label", "").split(r"\bottomrule")[0])
+    markdown = [line for line in (tmp_path / f"{name}.md").read_text().splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in markdown} == {len(table.frame.columns) + 1}
+    html = (tmp_path / f"{name}.html").read_text()
+    assert html.count("<tr>") == html.count("</tr>") and "smoke scale" in html
+    for text in (csv, latex, html, "\n".join(markdown)):
+        assert not re.search(r"\bnan\b", text, re.IGNORECASE)
+    if name == "nad-main":
+        assert 'title="main-BadNets-FT-described-s0 main-BadNets-FT-described-s1"' in html
+
+
+def test_text_is_aligned(tables: dict[str, render.Table]) -> None:
+    lines = render.text(tables["nad-main"], brief=True).splitlines()
+    assert "±" not in "\n".join(lines) and "*" in "\n".join(lines)
+    rule = next(line for line in lines if set(line) == {"-"})
+    assert max(map(len, lines)) <= len(rule)
