@@ -7,6 +7,4 @@ source "$root/scripts/environment.sh"
 prepare_environment "$root" run "$@"
 # -P: a click.py or torch/ in the caller's directory must not be imported in place of the package.
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-# Huge pages for large tensors: copying a training set otherwise spends four fifths of its time in page faults.
-export THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1}
 exec "$python" -P -m reproduce run ${arguments[@]+"${arguments[@]}"}

@@ -1,11 +1,14 @@
 """Measures every stage: python -m benchmarks.bench [--stages NAME ...] [--nad-checkout DIR] [--json FILE]
 
-One process, one thread; the sides of a stage take turns, and each number is the median over windows of images per
-second of this process's own CPU time, so that other jobs on the machine disturb it little.
+One process, one thread, the allocator settings of a worker of ours for every side; the sides of a stage take turns,
+and each number is the median over windows of images per second of this process's own CPU time, so that other jobs on
+the machine disturb it little.
 """
 
 import json
+import os
 import platform
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ import click
 import torch
 
 from benchmarks.stages import QUICK, STAGES, Bench, Sizes, Stage
+from reproduce.engine import _single_threaded
 from reproduce.errors import UserError
 
 
@@ -96,4 +100,7 @@ def main(stages: tuple[str, ...], nad_checkout: Path | None, windows: int, quick
 
 
 if __name__ == "__main__":
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:      # read when a process starts, so this one starts again
+        with _single_threaded():
+            os.execv(sys.executable, sys.orig_argv)
     main()

@@ -46,7 +46,7 @@ class Sizes:
     train: int = 1_280
     test: int = 1_280
     run_train: int = 64
-    run_test: int = 512
+    run_test: int = 256
     run_epochs: int = 20
 
 

@@ -43,7 +43,7 @@ ROUNDING = 0.005        # published values have two decimals
 WIDE = 20.0             # points: a prediction interval wider than this agrees with almost anything
 VARIANTS = ("described", "released")
 # Items that hold runs to compare with the authors' own numbers, and on whose victim.
-VICTIMS = {"authors-victim": "authors' victim", "main-released": "our victim", "variants": "our victim"}
+VICTIMS = {"authors-victim": "authors' victim", "main": "our victim", "variants": "our victim"}
 
 
 def tables(results: Results, smoke: bool = False) -> list[Table]:
