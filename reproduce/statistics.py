@@ -79,6 +79,7 @@ def paired_t(differences: Sequence[float]) -> PairedTest:
     n = len(differences)
     if n < 2:
         return PairedTest(n, math.nan, "needs two pairs")
+    differences = np.round(np.asarray(differences, dtype=float), 9)  # equal but for the last bits is equal
     if np.ptp(differences) == 0:
         return PairedTest(n, 1.0 if differences[0] == 0 else 0.0, "all differences equal")
     return PairedTest(n, float(stats.ttest_1samp(differences, 0.0).pvalue))
