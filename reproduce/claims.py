@@ -42,6 +42,9 @@ OBVIOUS_LOSS = 5.0
 # A gain below this would not decide between two defenses: it is within the spread of one method over seeds.
 MARGIN = 2.0
 
+# The fewest pairs with which a two-sided Wilcoxon test can reach 0.05; the other verdict is not given on fewer either.
+FEWEST = 6
+
 ONE_SEED = "With one seed the interval covers the test images only."
 
 SIX = ("BadNets", "Trojan", "Blend", "CL", "SIG", "Refool")
@@ -213,7 +216,8 @@ def _control(variant: str, paired: list[Pair], interval: Interval, test: PairedT
         outcome, text = NOT_RUN, "not run"
     else:
         gained = p < ALPHA and interval.below(0.0)
-        outcome = SUPPORTED if gained else REFUTED if interval.above(-MARGIN) else UNDECIDED
+        refuted = len(paired) >= FEWEST and interval.above(-MARGIN)
+        outcome = SUPPORTED if gained else REFUTED if refuted else UNDECIDED
         note = f"; {test.note}" if test.note else ""
         shown = "-" if math.isnan(p) else f"{p:.3g}"
         text = (f"ASR {interval.mean:+.2f} points [{interval.low:+.2f}, {interval.high:+.2f}] against beta = 0, "
@@ -225,7 +229,8 @@ def _control(variant: str, paired: list[Pair], interval: Interval, test: PairedT
                   "the contrary", "NAD minus NAD (beta = 0) on the same victims, working backdoors only, paired by "
                   "attack and seed. Supported: exact Wilcoxon signed-rank p < 0.05 (Holm over both settings) and the "
                   "hierarchical bootstrap interval of the mean difference below 0; its size is given. Not supported: "
-                  f"that interval wholly above -{MARGIN:.0f} points, so any gain is smaller than that.", [check],
+                  f"that interval wholly above -{MARGIN:.0f} points, so any gain is smaller than that. Fewer than "
+                  f"{FEWEST} pairs decide nothing.", [check],
                   tuple(name for pair in paired for name in (pair.run_first, pair.run_second)))
 
 
