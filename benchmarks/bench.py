@@ -18,7 +18,7 @@ import click
 import torch
 
 from benchmarks.stages import QUICK, STAGES, Bench, Sizes, Stage
-from reproduce.engine import _single_threaded
+from reproduce.engine import single_threaded
 from reproduce.errors import UserError
 
 
@@ -101,6 +101,6 @@ def main(stages: tuple[str, ...], nad_checkout: Path | None, windows: int, quick
 
 if __name__ == "__main__":
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:      # read when a process starts, so this one starts again
-        with _single_threaded():
+        with single_threaded():
             os.execv(sys.executable, sys.orig_argv)
     main()

@@ -157,12 +157,12 @@ class _Pool:
         devices = self.context.Queue()
         for i in range(self.workers.jobs):
             devices.put(self.workers.devices[i % len(self.workers.devices)])
-        with _single_threaded():
+        with single_threaded():
             self.executor = ProcessPoolExecutor(self.workers.jobs, self.context, _start_worker,
                                                 (self.workers, devices, self.messages, os.getpid()))
 
     def submit(self, task: Task) -> Future:
-        with _single_threaded():
+        with single_threaded():
             future = self.executor.submit(_run, task)
         self.submitted.add(future)
         return future
@@ -181,7 +181,7 @@ class _Pool:
 
 
 @contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
     """Children inherit one-thread settings, and an allocator that keeps freed memory (glibc; a tenth faster).
 
     Both are read when a process starts or first imports a math library, so setting them later would be too late.
