@@ -78,7 +78,8 @@ build_environment() {
     marker="$venv/backdoor-erasure.lock"
     if [[ ! -f $marker ]]; then
         if [[ -f $venv/pyvenv.cfg ]]; then by_hand=yes
-        elif [[ -e $venv && -n $(ls -A "$venv") ]]; then
+        # Asked again after the listing: another first run may have begun in between, and its marker comes first.
+        elif [[ -e $venv && -n $(ls -A "$venv") && ! -f $marker ]]; then
             fail "$venv is not a Python environment; remove it or set BACKDOOR_VENV=... to another place"
         fi
     fi

@@ -89,7 +89,7 @@ def test_no_run_prints_no_zero(tmp_path: Path) -> None:
 
 
 def test_absent_items_are_skipped(tmp_path: Path) -> None:
-    assert {table.name for table in nad.tables(small(tmp_path))}.isdisjoint({"nad-beta", "nad-epochs", "nad-published"})
+    assert {table.name for table in nad.tables(small(tmp_path))}.isdisjoint({"nad-beta", "nad-epochs"})
     assert nad.tables(Results(Store(tmp_path), [])) == []
 
 

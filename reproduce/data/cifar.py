@@ -33,7 +33,7 @@ def load_cifar10(root: Path) -> Dataset:
 
 def _download(root: Path) -> None:
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(exist_ok=True)  # not its parents: a mistyped path is an error, not a new tree
         CIFAR10(str(root), download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"CIFAR-10 is not at {root} and could not be downloaded ({_short(error)}): {PLACE}, or name "
