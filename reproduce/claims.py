@@ -1,4 +1,4 @@
-"""Each paper's headline claims as checks on results, with thresholds written down before any run.
+"""Each paper's headline claims as checks on results, with thresholds written down before any run of a defense.
 
 Verdicts: supported, not supported, inconclusive (the interval straddles the threshold, or runs are missing), not run.
 At smoke scale a check is computed all the same, to exercise the code, but the verdict says nothing about the paper.
@@ -43,6 +43,7 @@ OBVIOUS_LOSS = 5.0
 MARGIN = 2.0
 
 # The fewest pairs with which a two-sided Wilcoxon test can reach 0.05; the other verdict is not given on fewer either.
+# Added after the first real runs (three pairs); it only withholds verdicts.
 FEWEST = 6
 
 ONE_SEED = "With one seed the interval covers the test images only."
