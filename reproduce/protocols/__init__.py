@@ -76,7 +76,7 @@ PROFILES = {
     profile.name: profile for profile in (
         Profile("quick", "smoke scale: scikit-learn's digits, shortened victims; shows that everything runs, "
                          "says nothing about the papers", "digits", "wrn-10-1", (0, 1), clean_fraction=0.10,
-                victim_epochs=6, defense_epochs=10),
+                victim_epochs=6, defense_epochs=8),
         Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, two seeds: a night on a laptop", "cifar10", "wrn-16-1",
                 (0, 1), victim_epochs=12),
         Profile("paper", "the exact protocol", "cifar10", "wrn-16-1", (0, 1, 2, 3, 4, 5)),

@@ -179,6 +179,13 @@ def test_refool_uses_all_three_types(reflections: tuple[refool.Config, dict[str,
         assert low <= values.min() < low + 0.05 and high - 0.05 < values.max() <= high
 
 
+def test_refool_as_in_backdoorbench_has_one_strength_and_none_in_focus() -> None:
+    config = refool.SETTINGS["nad", "backdoorbench"]
+    _photographs, kinds, alphas, _attenuations = refool.draw(2000, 4, config, 0, "train")
+    assert set(kinds.tolist()) == {refool.GHOST, refool.OUT_OF_FOCUS}
+    assert alphas.unique().tolist() == pytest.approx([0.4])
+
+
 def test_refool_in_focus_and_ghost_are_mixed_in_linear_light(
         reflections: tuple[refool.Config, dict[str, Tensor]]) -> None:
     config, state = reflections
