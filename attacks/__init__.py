@@ -5,7 +5,8 @@ An attack module defines
     Config                   frozen dataclass of hyper-parameters in the paper's symbols, a source beside each
                              constant; always has `target`, `rate` and `labels` (see `reproduce.poisoning`)
     SETTINGS                 {(paper, variant): Config}, e.g. ("nad", "released")
-    requires(config)         what it needs beyond the images, out of {"clean-model", "pictures", "arrays"}
+    requires(config)         what it needs beyond the training images, out of
+                             {"clean-model", "pictures", "own-images", "arrays"} (see `reproduce.poisoning.Context`)
     prepare(config, context) the trigger's state, a dict of tensors (saved with the victim); {} if it has none
     apply(images, config, state, seed, split)
                              the trigger: uint8 (N, 3, H, W) -> uint8 (N, 3, H, W); pure and batched;

@@ -48,6 +48,8 @@ class Config:
 SETTINGS = {
     ("nad", "described"): Config(array=None),
     ("nad", "released"): Config(array="best_square_trigger_cifar10.npz"),  # NAD data_loader.py@f17b713:412
+    # ARGD data_loader.py@6354666:474-481, the same array; config.py:46-47, README.md:8
+    ("argd", "released"): Config(array="best_square_trigger_cifar10.npz", target=0, rate=0.2),
 }
 
 

@@ -161,9 +161,13 @@ def prepare(attack: str, settings: Any, dataset: Dataset, seed: int, root: Path,
     """The trigger state of an attack, with what it asks for out of the data root."""
     module = attack_module(attack)
     needed = module.requires(settings)
+    found = None
+    if "pictures" in needed:
+        found = pictures(root, allow_samples=dataset.name == EMBEDDED)
+    elif "own-images" in needed:
+        found = {"train": dataset.train_images, "test": dataset.test_images}
     return module.prepare(settings, Context(
-        dataset.train_images, dataset.train_labels, dataset.num_classes, seed, clean_model,
-        pictures(root, allow_samples=dataset.name == EMBEDDED) if "pictures" in needed else None,
+        dataset.train_images, dataset.train_labels, dataset.num_classes, seed, clean_model, found,
         (lambda name: released_array(root, name)) if "arrays" in needed else None, progress))
 
 

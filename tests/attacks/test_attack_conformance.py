@@ -14,7 +14,7 @@ from reproduce.poisoning import LABEL_RULES, Context, attack_module
 NAMES = names(Path(attacks.__file__).parent)
 CASES = [(name, key) for name in NAMES for key in attack_module(name).SETTINGS]
 # What makes a setting expensive without changing what is tested.
-QUICK = {"steps": 3, "images": 4, "size": 64}
+QUICK = {"steps": 3, "images": 4, "size": 64, "versions": 4}
 
 
 def quick(config: Any) -> Any:
@@ -39,7 +39,7 @@ def test_config(case: tuple[Any, Any]) -> None:
     assert isinstance(config, module.Config)
     assert type(config).__dataclass_params__.frozen
     assert isinstance(config.target, int) and 0 < config.rate <= 1 and config.labels in LABEL_RULES
-    assert module.requires(config) <= {"clean-model", "pictures", "arrays"}
+    assert module.requires(config) <= {"clean-model", "pictures", "own-images", "arrays"}
     assert hash(config) == hash(dataclasses.replace(config))
 
 
@@ -49,7 +49,7 @@ def test_it_asks_for_all_it_uses(case: tuple[Any, Any], context: Context) -> Non
     module.prepare(config, dataclasses.replace(
         context,
         clean_model=context.clean_model if "clean-model" in needed else None,
-        pictures=context.pictures if "pictures" in needed else None,
+        pictures=context.pictures if needed & {"pictures", "own-images"} else None,
         array=context.array if "arrays" in needed else None))
 
 

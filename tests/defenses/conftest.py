@@ -13,6 +13,12 @@ from reproduce.defending import Clean
 from reproduce.models import build
 from reproduce.training import Recipe, train
 
+# What makes a setting expensive without changing what is tested, beside the epochs of recipes.
+QUICK = {
+    "iterations": 40,
+    "rounds": 1,
+}
+
 
 @pytest.fixture(scope="session")
 def digits() -> Clean:
@@ -40,7 +46,8 @@ def victim(digits: Clean) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def shorten() -> Any:
-    """Function giving a config all of whose recipes, nested ones too, take `epochs` epochs of batches of 32."""
+    """Function giving a config all of whose recipes, nested ones too, take `epochs` epochs of batches of 32, and with
+    the values of QUICK."""
     def shortened(config: Any, epochs: int = 1) -> Any:
         changes = {}
         for field in fields(config):
@@ -49,6 +56,8 @@ def shorten() -> Any:
                 changes[field.name] = replace(value, epochs=epochs, batch=32)
             elif is_dataclass(value):
                 changes[field.name] = shortened(value, epochs)
+            elif field.name in QUICK:
+                changes[field.name] = QUICK[field.name]
         return replace(config, **changes)
     return shortened
 

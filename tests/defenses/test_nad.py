@@ -42,7 +42,7 @@ def test_attention_loss_is_the_official_one(index, p):
 
 
 def test_attention_map_is_the_official_one():
-    unit = nad._unit(nad.attention_map(wave(SHAPES[0], 0.7)))
+    unit = nad.unit(nad.attention_map(wave(SHAPES[0], 0.7)))
     torch.testing.assert_close(unit.view(4, 8, 8)[1, 2, :4], torch.tensor(OFFICIAL_MAP), atol=1e-6, rtol=0)
 
 
@@ -58,7 +58,7 @@ def test_attention_loss_follows_its_definition(attention, norm):
 def test_sum_and_mean_are_the_same_map_once_scaled():
     # Features of a realistic size: the mean is C times nearer to the epsilon in the norm.
     feature = 10 * wave(SHAPES[2], 0.7)
-    sums, means = (nad._unit(nad.attention_map(feature, kind)) for kind in ("sum-p", "mean-p"))
+    sums, means = (nad.unit(nad.attention_map(feature, kind)) for kind in ("sum-p", "mean-p"))
     torch.testing.assert_close(sums, means, atol=1e-6, rtol=0)
 
 
@@ -78,7 +78,7 @@ def test_gradient_is_the_derivative_and_finite_where_student_equals_teacher(norm
 def test_maps_of_other_sizes_and_widths_are_pooled():
     a, b = wave((2, 16, 4, 4), 0.7), wave((2, 8, 8, 8), 1.3)
     pooled = nad.attention_map(b).view(2, 4, 2, 4, 2).mean((2, 4))
-    expected = (nad._unit(nad.attention_map(a)) - nad._unit(pooled)).square().mean()
+    expected = (nad.unit(nad.attention_map(a)) - nad.unit(pooled)).square().mean()
     assert nad.attention_loss(a, b).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
