@@ -100,7 +100,7 @@ def erases(rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str]) 
     """Per attack: a working backdoor before, and the interval of ASR after wholly below ERASED."""
     checks = []
     for attack in attacks:
-        before, after = _of(rows, BEFORE, attack), _of(rows, defense, attack)
+        before, after = of(rows, BEFORE, attack), of(rows, defense, attack)
         if after is None or before is None or not (value := estimate(after, "asr")).n:
             checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
             continue
@@ -118,28 +118,30 @@ def loses_less(results: Results, rows: dict[str, pd.DataFrame], defense: str, at
     """Per attack: the interval of the accuracy lost by the defense wholly below `threshold` points."""
     checks = []
     for attack in attacks:
-        before, after = _of(rows, BEFORE, attack), _of(rows, defense, attack)
+        before, after = of(rows, BEFORE, attack), of(rows, defense, attack)
         paired = pairs(before, after, "acc") if after is not None and before is not None else []
         if not paired:
             checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
             continue
-        drop = _lost(results, paired)
+        drop = mean_difference(results, paired, "acc")
         checks.append(Check(attack, below(drop, threshold), f"{attack}: {drop.mean:+.1f} points lost "
                             f"[{drop.low:+.1f}, {drop.high:+.1f}], n = {len(paired)}", drop.mean, drop.low, drop.high,
                             len(paired)))
     return checks
 
 
-def _of(rows: dict[str, pd.DataFrame], defense: str, attack: str) -> pd.DataFrame | None:
+def of(rows: dict[str, pd.DataFrame], defense: str, attack: str) -> pd.DataFrame | None:
+    """A defense's rows on one attack."""
     part = rows.get(defense)
     return None if part is None else part[part.attack == attack]
 
 
-def _lost(results: Results, paired: list[Pair]) -> Interval:
+def mean_difference(results: Results, paired: list[Pair], measure: str) -> Interval:
+    """First minus second: t interval over seeds, with one seed the interval over its test images."""
     if len(paired) > 1:
         return t_interval([pair.difference for pair in paired])
-    pair = paired[0]
-    return paired_difference(outcomes(results, pair.run_first, "acc"), outcomes(results, pair.run_second, "acc"))
+    return paired_difference(*(outcomes(results, name, measure) for name in (paired[0].run_first,
+                                                                             paired[0].run_second)))
 
 
 ADDS = ("Supported: exact Wilcoxon signed-rank p < 0.05 (Holm over {family}) and the hierarchical bootstrap interval "

@@ -12,6 +12,7 @@ from reproduce.training import Recipe
 
 PAPERS = {
     "nad": "NAD (ICLR 2021)",
+    "argd": "ARGD (IJCAI 2022)",
 }
 
 
