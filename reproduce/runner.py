@@ -192,10 +192,11 @@ def environment(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 def source_hash(task: Task) -> str:
-    """SHA-256 over the files a run's numbers depend on most: its attack, its defense, training, augmentation."""
+    """SHA-256 over the files a run's numbers depend on most: its attack, its defense, training, model."""
     victim = task.victim if isinstance(task, Cell) else task
     files = [PROJECT / "reproduce" / name for name in ("training.py", "poisoning.py", "defending.py", "rng.py",
-                                                       "data/augment.py", "models/wide_resnet.py")]
+                                                       "data/augment.py")]
+    files.append(models.source(victim.model))
     if victim.attack != NONE:
         files.append(PROJECT / "attacks" / f"{victim.attack}.py")
     if isinstance(task, Cell):
