@@ -67,15 +67,15 @@ class Runner:
     def _victim(self, victim: Victim) -> Run:
         started = time.perf_counter()
         dataset = data.load(victim.dataset, self.root)
-        state: dict[str, Tensor] = {}
+        attack = None if victim.attack == NONE else attack_module(victim.attack)
+        state = self._prepare(victim, dataset) if attack else {}
         images, labels = dataset.train_images, dataset.train_labels
         info: dict[str, Any] = {}
-        if victim.attack != NONE:
-            state = self._prepare(victim, dataset)
-            poisoned = attack_module(victim.attack).poison(images, labels, victim.settings, state, victim.seed,
-                                                           dataset.num_classes)
+        if hasattr(attack, "poison"):
+            poisoned = attack.poison(images, labels, victim.settings, state, victim.seed, dataset.num_classes)
             images, labels = poisoned.images, poisoned.labels
             info["poisoned"] = int(poisoned.mask.sum())
+        images, labels = images.to(self.device), labels.to(self.device)
         model = models.build(victim.model, dataset.num_classes, victim.seed).to(self.device)
         checkpoint = self.store.progress(victim.name)
         resumed = checkpoint.load()
@@ -85,8 +85,12 @@ class Runner:
         def observe(phase: str, epoch: int, epochs: int, _model: nn.Module, _row: dict[str, float]) -> None:
             self.progress(victim.name, epoch / epochs, f"{phase} epoch {epoch}/{epochs}")
 
-        history = train(model, images.to(self.device), labels.to(self.device), victim.recipe, victim.seed,
-                        phase="victim", observe=observe, checkpoint=checkpoint)
+        if hasattr(attack, "implant"):
+            history, state = attack.implant(model, images, labels, victim.settings, state, victim.recipe, victim.seed,
+                                            dataset.num_classes, observe, checkpoint)
+        else:
+            history = train(model, images, labels, victim.recipe, victim.seed, phase="victim", observe=observe,
+                            checkpoint=checkpoint)
         test = test_set(dataset, victim, state)
         return self._write(victim, model, test, [{"phase": "victim", **row} for row in history], info, started,
                            {"trigger": state} if state else {})
