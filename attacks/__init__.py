@@ -14,5 +14,13 @@ An attack module defines
     poison(images, labels, config, state, seed, num_classes)
                              the training set it leaves behind: `reproduce.poisoning.Poisoned`
 
+An attacker who controls the training itself defines, instead of `poison`,
+
+    implant(model, images, labels, config, state, recipe, seed, num_classes, observe=silent, checkpoint=None)
+                             train `model` in place on the clean set by the victim's recipe; returns (history, state):
+                             rows as `reproduce.training.train` returns them (one may name another "phase" than
+                             "victim"), and the trigger's final state, which is saved and handed to `apply`. An
+                             interrupted training goes on from `checkpoint` and ends bit for bit the same
+
 Adding an attack is adding such a file and naming it in a protocol: modules are found by their name.
 """

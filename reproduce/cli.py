@@ -229,6 +229,8 @@ SUSPECT = options(
                  show_default=True, help="Input normalisation the checkpoint was trained with."),
     click.option("--clean-model", type=click.Path(path_type=Path), help="A clean checkpoint of the same architecture, "
                  "for attacks and teachers that need one."),
+    click.option("--trigger", type=click.Path(path_type=Path), help="The attack's trigger.safetensors out of the "
+                 "victim's run folder; default: prepared from --seed."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."),
     DATA_ROOT, DEVICE,

@@ -8,8 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from reproduce import data, models
 from reproduce.cells import NONE
@@ -28,7 +29,8 @@ from reproduce.runner import prepare, triggered_test_set
 @dataclass(frozen=True)
 class Suspect:
     """A checkpoint and how to test it. attack None: clean accuracy only; clean_model: a clean checkpoint of the same
-    architecture, for attacks and teachers that need one."""
+    architecture, for attacks and teachers that need one; trigger: the attack's state as a victim's run folder holds it,
+    None to prepare it from the seed."""
 
     checkpoint: Path
     model: str
@@ -40,6 +42,7 @@ class Suspect:
     target: int | None = None
     normalize: str = "none"
     clean_model: Path | None = None
+    trigger: Path | None = None
     seed: int = 0
     device: str = "auto"
 
@@ -126,8 +129,21 @@ def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) 
     if "clean-model" in module.requires(settings) and clean_model is None:
         raise UserError(f"attack {suspect.attack} {suspect.variant} builds its trigger on a clean model: name one with "
                         "--clean-model")
-    state = prepare(suspect.attack, settings, loaded, suspect.seed, suspect.root, clean_model)
+    if suspect.trigger:
+        state = _trigger(suspect.trigger)
+    elif hasattr(module, "implant"):
+        raise UserError(f"attack {suspect.attack} makes its trigger together with the victim: name the victim's with "
+                        "--trigger (trigger.safetensors in its run folder)")
+    else:
+        state = prepare(suspect.attack, settings, loaded, suspect.seed, suspect.root, clean_model)
     return triggered_test_set(images, labels, classes, suspect.attack, settings, state, suspect.seed)
+
+
+def _trigger(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--trigger {path} is not a readable .safetensors file ({error})") from error
 
 
 def _settings(what: str, module: ModuleType, paper: str, variant: str) -> Any:

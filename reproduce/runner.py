@@ -67,15 +67,15 @@ class Runner:
     def _victim(self, victim: Victim) -> Run:
         started = time.perf_counter()
         dataset = data.load(victim.dataset, self.root)
-        state: dict[str, Tensor] = {}
+        attack = None if victim.attack == NONE else attack_module(victim.attack)
+        state = self._prepare(victim, dataset) if attack else {}
         images, labels = dataset.train_images, dataset.train_labels
         info: dict[str, Any] = {}
-        if victim.attack != NONE:
-            state = self._prepare(victim, dataset)
-            poisoned = attack_module(victim.attack).poison(images, labels, victim.settings, state, victim.seed,
-                                                           dataset.num_classes)
+        if hasattr(attack, "poison"):
+            poisoned = attack.poison(images, labels, victim.settings, state, victim.seed, dataset.num_classes)
             images, labels = poisoned.images, poisoned.labels
             info["poisoned"] = int(poisoned.mask.sum())
+        images, labels = images.to(self.device), labels.to(self.device)
         model = models.build(victim.model, dataset.num_classes, victim.seed).to(self.device)
         checkpoint = self.store.progress(victim.name)
         resumed = checkpoint.load()
@@ -85,8 +85,12 @@ class Runner:
         def observe(phase: str, epoch: int, epochs: int, _model: nn.Module, _row: dict[str, float]) -> None:
             self.progress(victim.name, epoch / epochs, f"{phase} epoch {epoch}/{epochs}")
 
-        history = train(model, images.to(self.device), labels.to(self.device), victim.recipe, victim.seed,
-                        phase="victim", observe=observe, checkpoint=checkpoint)
+        if hasattr(attack, "implant"):
+            history, state = attack.implant(model, images, labels, victim.settings, state, victim.recipe, victim.seed,
+                                            dataset.num_classes, observe, checkpoint)
+        else:
+            history = train(model, images, labels, victim.recipe, victim.seed, phase="victim", observe=observe,
+                            checkpoint=checkpoint)
         test = test_set(dataset, victim, state)
         return self._write(victim, model, test, [{"phase": "victim", **row} for row in history], info, started,
                            {"trigger": state} if state else {})
@@ -196,10 +200,11 @@ def environment(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 def source_hash(task: Task) -> str:
-    """SHA-256 over the files a run's numbers depend on most: its attack, its defense, training, augmentation."""
+    """SHA-256 over the files a run's numbers depend on most: its attack, its defense, training, model."""
     victim = task.victim if isinstance(task, Cell) else task
     files = [PROJECT / "reproduce" / name for name in ("training.py", "poisoning.py", "defending.py", "rng.py",
-                                                       "data/augment.py", "models/wide_resnet.py")]
+                                                       "data/augment.py")]
+    files.append(models.source(victim.model))
     if victim.attack != NONE:
         files.append(PROJECT / "attacks" / f"{victim.attack}.py")
     if isinstance(task, Cell):

@@ -5,16 +5,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from reproduce.errors import UserError
+
 
 def features(model: nn.Module, images: Tensor, layers: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
     """Logits (N, K) and the output of each named layer, in the order of `layers`. Gradients flow through both.
 
-    Raises KeyError for a layer the model does not have.
+    Raises UserError for a layer the model does not have.
     """
     modules = dict(model.named_modules())
     missing = [name for name in layers if name not in modules]
     if missing:
-        raise KeyError(f"{type(model).__name__} has no layer {', '.join(missing)}")
+        known = ", ".join(getattr(model, "taps", modules))
+        raise UserError(f"{type(model).__name__} has no layer {', '.join(missing)}: choose from {known}")
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

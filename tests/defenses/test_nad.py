@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from defenses import nad
+from reproduce.data.augment import to_input
 from reproduce.errors import UserError
 from reproduce.models import build
 from reproduce.training import silent
@@ -158,3 +159,14 @@ def test_contradictory_settings_are_refused(changes):
 def test_a_missing_clean_model_is_named(victim, clean, shorten):
     with pytest.raises(UserError, match="clean model"):
         nad.defend(victim, clean, replace(shorten(nad.Config()), teacher="clean"), 7)
+
+
+def test_a_resnet_needs_layers_of_its_own(clean):
+    student, teacher = (build("resnet-18", 10, seed=seed) for seed in (0, 1))
+    images, labels = to_input(clean.images[:8]), clean.labels[:8]
+    loss = nad.distillation(teacher.eval(), nad.Config(layers=student.taps, betas=(500.0,) * 4))
+    terms = loss(student, images, labels).terms
+    assert [name for name in terms if name != "ce"] == [f"attention.layer{i}" for i in (1, 2, 3, 4)]
+    assert all(value > 0 for value in terms.values())
+    with pytest.raises(UserError, match="no layer block1, block2, block3: choose from layer1, layer2, layer3, layer4"):
+        nad.distillation(teacher, nad.Config())(student, images, labels)
