@@ -183,9 +183,8 @@ class Trigger:
         return (self.pattern if self.mask is None else self.mask).abs().sum().item()
 
     def changed(self) -> int:
-        """Pixels that change visibly."""
-        size = self.pattern.abs().amax(0) if self.mask is None else self.mask
-        return int((size >= VISIBLE).sum())
+        """Pixels that are not 0 in the difference, or not below 1/255 in the mask."""
+        return int((self.pattern.any(0) if self.mask is None else self.mask >= VISIBLE).sum())
 
     def tensors(self) -> dict[str, Tensor]:
         """For figures: trigger (3, H, W) and, if there is one, mask (H, W)."""
@@ -226,7 +225,7 @@ def invert_pixels(model: nn.Module, passes: Passes, target: int, start: Tensor, 
         for images in passes(step):
             parts = signed.clamp(0, 1)
             logits = model((images + (parts[0] - parts[1])).clamp(0, 1))
-            entropy, penalty = F.cross_entropy(logits, _all(target, images)), size_penalty(signed)
+            entropy, penalty = F.cross_entropy(logits, _wanted(target, images)), size_penalty(signed)
             optimizer.zero_grad()
             (entropy + schedule.cost * penalty).backward()
             optimizer.step()
@@ -267,7 +266,7 @@ def invert_mask(model: nn.Module, passes: Passes, target: int, pattern: Tensor, 
         rows = []
         for images in passes(step):
             logits = model(torch.lerp(images, pattern, mask))
-            entropy, norm = F.cross_entropy(logits, _all(target, images)), mask.abs().sum()
+            entropy, norm = F.cross_entropy(logits, _wanted(target, images)), mask.abs().sum()
             optimizer.zero_grad()
             (entropy + settings.cost * norm).backward()
             optimizer.step()
@@ -287,7 +286,7 @@ def invert_mask(model: nn.Module, passes: Passes, target: int, pattern: Tensor, 
     return Trigger(pattern.detach(), mask.detach())
 
 
-def _all(target: int, images: Tensor) -> Tensor:
+def _wanted(target: int, images: Tensor) -> Tensor:
     return torch.full((len(images),), target, device=images.device)
 
 
@@ -307,6 +306,7 @@ def scattered(trigger: Trigger, seed: int) -> Trigger:
 
 def purification(victim: nn.Module, trigger: Trigger, config: Config) -> LossFunction:
     """The loss of stage 2 for `train`; its logits, and so its training accuracy, are those on stamped images."""
+
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
         stamped = trigger(images)
         if config.loss == "cross-entropy":

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from defenses import mcldef, nc
 from reproduce.data.augment import to_input
@@ -190,7 +189,7 @@ def test_inversion_does_not_train_the_victim(clean, victim):
     config = replace(mcldef.RELEASED, pixel=replace(mcldef.Pixel(), steps=1))
     mcldef.find_trigger(model, clean, 4, config, 3)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters()) and isinstance(model, nn.Module)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("changes", [

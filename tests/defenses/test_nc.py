@@ -16,7 +16,7 @@ OFFICIAL_COSTS = [(0, 10), (0.001, 7), (0.00035355339059327376, 8), (0.000707106
                   (0.001414213562373095, 7), (0.0005, 8), (0.001, 5), (0.002, 5)]
 
 # After 80 epochs of train_step of SCLBD/BackdoorBench@f02e353 (defense/nc.py) with its config.yaml, on Tiny, batches()
-# and theta = wave((4, 12, 12), 0.9): class -> sum of the mask, sum of mask * wave(1.7), sum of pattern * wave(1.7).
+# and theta = wave((4, 12, 12), 0.9): class, sum of the mask, sum of mask * wave(1.7), sum of pattern * wave(1.7).
 PEER = (1, 1.483426809310913, -0.6449824571609497, -0.3295193314552307)
 PEER_SETTINGS = nc.Inversion(batches=3, batch=8, success=0.98, from_zero=False, stop_ratio=0.99)
 
