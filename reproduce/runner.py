@@ -126,7 +126,8 @@ class Runner:
         defended = defense_module(cell.defense).defend(victim_model, clean, cell.config, cell.seed, observe,
                                                        clean_model)
         info = {**defended.info, "clean_images": len(clean.images)}
-        return self._write(cell, defended.model, test, history, info, started, {})
+        return self._write(cell, defended.model, test, history, info, started,
+                           {"defense": defended.tensors} if defended.tensors else {})
 
     def _write(self, task: Task, model: nn.Module, test: TestSet, history: list[dict[str, Any]], info: dict[str, Any],
                started: float, tensors: dict[str, dict[str, Tensor]]) -> Run:

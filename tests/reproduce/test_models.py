@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from reproduce.errors import UserError
 from reproduce.models import build, normalise_inputs, parameter_count, source
 from reproduce.models.checkpoints import load_checkpoint
-from reproduce.models.taps import features
+from reproduce.models.taps import features, penultimate
 
 
 def fill(state: dict[str, torch.Tensor], amplitude: float = 0.05) -> None:
@@ -105,6 +105,21 @@ def test_taps_leave_the_model_alone_and_name_a_missing_layer() -> None:
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(UserError, match="no layer block9: choose from block1, block2, block3"):
         features(model, images, ("block9",))
+
+
+def test_penultimate_is_what_the_classifier_sees() -> None:
+    model = build("wrn-10-1", 10, 0).eval()
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    logits, feature = penultimate(model, images)
+    block3 = features(model, images, ("block3",))[1][0]
+    assert torch.equal(logits, model(images)) and feature.shape == (2, 64)
+    torch.testing.assert_close(feature, torch.relu(model.bn1(block3)).mean((2, 3)))
+    torch.testing.assert_close(logits, model.fc(feature))
+    gradient, = torch.autograd.grad(feature.square().sum(), images)
+    assert gradient.abs().sum() > 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(KeyError, match="no linear layer"):
+        penultimate(torch.nn.Sequential(torch.nn.Flatten()), images)
 
 
 def test_normalised_inputs_keep_the_names_of_the_weights() -> None:
