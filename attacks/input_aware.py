@@ -22,7 +22,7 @@ x' is drawn with replacement. Equal patterns of equal images count 0 in D; there
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import ceil
 
@@ -67,10 +67,10 @@ class Config:
     density: float = 0.032  # config.py:37
     lambda_div: float = 1.0  # config.py:29
     lambda_norm: float = 100.0  # config.py:30
-    mask_epochs: int = 25  # train.py:406
+    mask_epochs: int = field(default=25, metadata={"smoke": 2})  # train.py:406
     mask_rate: float = 0.01  # config.py:21
     generator_rate: float = 0.01  # config.py:19
-    width: int = 32  # networks/models.py:48
+    width: int = field(default=32, metadata={"smoke": 8})  # networks/models.py:48
     depth: int = 3  # networks/models.py:49
 
 

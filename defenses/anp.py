@@ -26,7 +26,7 @@ readable to us; that it prunes at FIXED is unconfirmed, and no file of its repos
 """
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import torch
@@ -59,7 +59,7 @@ class Config:
     eps: float = 0.4                # oc:35
     steps: int = 1                  # of the perturbation; oc:36
     alpha: float = 0.2              # oc:37
-    iterations: int = 2000          # oc:23
+    iterations: int = field(default=2000, metadata={"smoke": 64})       # oc:23
     threshold: float | None = None
     highest: float = 0.9            # of the grid; pn:32
     spacing: float = 0.05           # of the grid; pn:33

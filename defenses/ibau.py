@@ -28,7 +28,7 @@ series has no early stop, which only saves time once it has converged to 1e-10. 
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ from reproduce.training import Observer, silent
 
 @dataclass(frozen=True)
 class Config:
-    rounds: int = 5                 # :129
+    rounds: int = field(default=5, metadata={"smoke": 1})       # :129
     batch: int = 100                # :123
     rate: float = 1e-3              # of Adam, the outer optimiser; :125-126
     ascent: float = 10.0            # learning rate of d; :222

@@ -29,7 +29,7 @@ normalised images. The last images of a stage-2 epoch, too few for a batch, are 
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -54,7 +54,7 @@ VISIBLE = 1 / 255       # inversion_torch.py:151: smaller changes are no changes
 class Pixel:
     """The inversion of 2023. A step is one pass over the clean images."""
 
-    steps: int = 100                            # main.py:41
+    steps: int = field(default=100, metadata={"smoke": 10})     # main.py:41
     rate: float = 0.1                           # inversion_torch.py:19
     betas: tuple[float, float] = (0.5, 0.9)     # :87
     success: float = 0.9                        # :17
@@ -67,7 +67,7 @@ class Pixel:
 class Mask:
     """The inversion of 2022."""
 
-    steps: int = 100            # 2022 main.py:252
+    steps: int = field(default=100, metadata={"smoke": 10})     # 2022 main.py:252
     rate: float = 0.005         # :34
     cost: float = 0.01          # :238, lambda of CIFAR-10
     patience: int = 30          # :65, steps without a smaller mask

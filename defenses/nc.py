@@ -22,7 +22,7 @@ not of the masks rounded to 8 bits. Images are in [0, 1] without normalisation.
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count, islice
 
 import numpy as np
@@ -43,8 +43,8 @@ REPORT = 10     # every how many steps an inversion reports
 class Inversion:
     """How to search for triggers. A step is `batches` batches; the schedule moves between steps."""
 
-    steps: int = 80                             # bench nc_epoch; gtsrb_visualize_example.py:53 has 1000
-    batches: int = 31                           # :54-55, 1000 // 32
+    steps: int = field(default=80, metadata={"smoke": 10})      # bench nc_epoch; gtsrb_visualize_example.py:53 has 1000
+    batches: int = field(default=31, metadata={"smoke": 4})     # :54-55, 1000 // 32
     batch: int = 32                             # :51
     rate: float = 0.1                           # :52
     betas: tuple[float, float] = (0.5, 0.9)     # visualizer.py:250

@@ -15,7 +15,6 @@ from typing import Any
 from reproduce.claims.criteria import NOT_RUN, Claim
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
-from tables.render import is_smoke
 
 NO_VERDICT = "smoke scale: no verdict on the paper"
 
@@ -42,7 +41,7 @@ def write(found: Sequence[Claim], path: Path) -> None:
 
 def _scaled(claim: Claim, profile: Profile) -> Claim:
     """The claim with a verdict fit for the profile's scale."""
-    if is_smoke(profile):
+    if profile.smoke:
         return dataclasses.replace(claim, verdict=claim.outcome if claim.outcome == NOT_RUN else NO_VERDICT,
                                    scale="smoke scale")
     if profile.victim_epochs or profile.defense_epochs:

@@ -45,7 +45,7 @@ def row(label: str, variant: str, paper: str, defense: str | None = None) -> Row
 
 def victim(profile: Profile, attack: str, paper: str, variant: str, seed: int, recipe: Recipe = RELEASED) -> Victim:
     """The victim of an attack in a paper's settings."""
-    settings = attack_module(attack).SETTINGS[paper, variant]
+    settings = profile.attack(attack_module(attack).SETTINGS[paper, variant])
     return Victim(profile.dataset, profile.model, profile.victim(recipe), seed, attack, settings)
 
 
