@@ -6,7 +6,8 @@ import platform
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -123,9 +124,11 @@ class Runner:
             self.progress(cell.name, epoch / epochs, f"{phase} epoch {epoch}/{epochs}")
 
         started = time.perf_counter()
-        defended = defense_module(cell.defense).defend(victim_model, clean, cell.config, cell.seed, observe,
-                                                       clean_model)
-        info = {**defended.info, "clean_images": len(clean.images)}
+        with images_counted(victim_model) as seen:
+            defended = defense_module(cell.defense).defend(victim_model, clean, cell.config, cell.seed, observe,
+                                                           clean_model)
+        info = {**defended.info, "clean_images": len(clean.images), "images_seen": seen(defended.model),
+                "values_changed": values_changed(victim_model, defended.model)}
         return self._write(cell, defended.model, test, history, info, started,
                            {"defense": defended.tensors} if defended.tensors else {})
 
@@ -159,6 +162,37 @@ class Runner:
         clean_model = self._load_victim(victim.clean())[0] if "clean-model" in needed else None
         return prepare(victim.attack, victim.settings, dataset, victim.seed, self.root, clean_model,
                        lambda share: self.progress(victim.name, 0.0, f"preparing the trigger {share:.0%}"))
+
+
+@contextmanager
+def images_counted(model: nn.Module) -> Iterator[Callable[[nn.Module], int]]:
+    """Count the images that go through `model` and the copies made of it meanwhile, steps replayed from a graph not.
+
+    What it gives tells the number and takes the counter off the copy it is given.
+    """
+    count = 0
+
+    def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal count
+        count += len(inputs[0])
+
+    handle = model.register_forward_pre_hook(add)
+
+    def total(copy: nn.Module) -> int:
+        copy._forward_pre_hooks.pop(handle.id, None)
+        return count
+
+    try:
+        yield total
+    finally:
+        handle.remove()
+
+
+def values_changed(before: nn.Module, after: nn.Module) -> int:
+    """How many weights and statistics differ between two models of one architecture."""
+    other = after.state_dict()
+    return sum(int((value != other[name]).sum()) for name, value in before.state_dict().items()
+               if not name.endswith("num_batches_tracked"))
 
 
 def prepare(attack: str, settings: Any, dataset: Dataset, seed: int, root: Path, clean_model: nn.Module | None,

@@ -13,6 +13,8 @@ from reproduce.training import Recipe
 PAPERS = {
     "nad": "NAD (ICLR 2021)",
     "argd": "ARGD (IJCAI 2022)",
+    "mcldef": "MCLDef (ACM MM 2023)",
+    "cross": "All defenses on all attacks",
 }
 
 

@@ -51,7 +51,12 @@ def victim(profile: Profile, attack: str, paper: str, variant: str, seed: int, r
 
 def cell(profile: Profile, on: Victim, defense: str, config: Any, fraction: float | None = None,
          curve: bool = False) -> Cell:
-    """A defense on a victim, at the profile's scale and, unless given, its share of clean data."""
+    """A defense on a victim, at the profile's scale and, unless given, its share of clean data.
+
+    A defense that is told the target label is told this victim's.
+    """
+    if getattr(config, "target", None) is not None:
+        config = replace(config, target=on.settings.target)
     return Cell(on, defense, profile.defense(config), fraction or profile.clean_fraction, curve)
 
 
