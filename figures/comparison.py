@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from figures.style import BARS, Figure, canvas, done, dots, lines, seeds
@@ -109,7 +110,7 @@ def gallery(results: Results, study: Study, item: str) -> Figure | None:
             amplified = np.clip(128 + AMPLIFIED * example.residual, 0, 255).astype(np.uint8)
             for axis, picture in zip(axes[:, column], (example.clean, example.triggered, amplified), strict=True):
                 axis.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
-                _bare(axis)
+                bare(axis)
             axes[0, column].set_title(example.attack)
         for axis, label in zip(axes[:, 0], ("clean", "triggered", f"difference × {AMPLIFIED}"), strict=True):
             axis.set_ylabel(label)
@@ -176,12 +177,12 @@ def attention_maps(results: Results, study: Study, shown: Sequence[str], attack:
             picture = first["images" if kind == "clean" else "triggered"][i]
             axis.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
             axis.set_title(f"image {i + 1}, {kind}", fontsize=7.5)
-            _bare(axis)
+            bare(axis)
             for down, defense in enumerate(samples):
                 for across, layer in enumerate(layers):
                     axis = figure.add_subplot(grid[down + 1, start + across])
                     axis.imshow(maps[defense, i, kind, layer], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-                    _bare(axis)
+                    bare(axis)
                     if block == across == 0:
                         axis.set_ylabel(defense.replace(" (", "\n("), rotation=0, ha="right", va="center", fontsize=7.5)
                     if down == len(samples) - 1:
@@ -202,7 +203,8 @@ def _scaled(values: np.ndarray) -> np.ndarray:
     return np.clip(np.nan_to_num(values, posinf=top) / (top or 1.0), 0, 1)
 
 
-def _bare(axis) -> None:
+def bare(axis: Axes) -> None:
+    """Picture only: no ticks, grid or frame."""
     axis.set(xticks=[], yticks=[])
     axis.grid(visible=False)
     for spine in axis.spines.values():

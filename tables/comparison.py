@@ -14,6 +14,7 @@ from tables.layout import (
     attack_grid,
     averages,
     by_image,
+    defense_grid,
     differences,
     estimates,
     listing,
@@ -34,6 +35,7 @@ class Study:
     controls: rows that the other defenses are tested against, e.g. the method without its own term.
     main: {(item, variant): (table name, title)} of the attack grids, in the report's order.
     attacks: {item: which attacks it holds, in words}.
+    tall: too many defenses to stand side by side: a table per measure, a row per defense.
     """
 
     paper: str
@@ -41,6 +43,7 @@ class Study:
     controls: tuple[str, ...]
     main: dict[tuple[str, str], tuple[str, str]]
     attacks: dict[str, str]
+    tall: bool = False
 
     @property
     def items(self) -> list[str]:
@@ -76,9 +79,16 @@ def grids(results: Results, study: Study) -> list[Table]:
     """ASR and ACC per attack and defense."""
     built = []
     for (item, variant), (name, title) in study.main.items():
-        built += if_present(results, study.paper, item, lambda i=item, v=variant, n=name, t=title: attack_grid(
-            results, main_rows(results, study, i, v), name=n, title=f"{study.name}: {t}",
-            caption="ASR on triggered non-target test images and ACC on all clean test images."))
+        if not present(results, study.paper, item):
+            continue
+        frame = main_rows(results, study, item, variant)
+        title = f"{study.name}: {title}"
+        caption = "ASR on triggered non-target test images and ACC on all clean test images."
+        if study.tall:
+            built += [defense_grid(results, frame, measure, name=f"{name}{ending}", title=title, caption=caption)
+                      for measure, ending in (("asr", ""), ("acc", "-acc"))]
+        else:
+            built.append(attack_grid(results, frame, name=name, title=title, caption=caption))
     return built
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from reproduce.results import Results
 from reproduce.statistics import Ranking, ranking
 from tables.comparison import if_present, probability, rows
-from tables.layout import BEFORE, MARKS, SPREAD, common, counts, estimates, mark, measured, not_taken, printed, table
+from tables.layout import BEFORE, common, defense_grid, estimates, measured, not_taken, printed, table
 from tables.render import MISSING, Table, Value, heading
 
 PAPER = "cross"
@@ -22,7 +22,9 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     """Every table whose entries are at hand."""
     built: list[Table] = []
     for measure in MEASURES:
-        built += if_present(results, PAPER, "main", lambda m=measure: grid(results, m))
+        built += if_present(results, PAPER, "main", lambda m=measure: defense_grid(
+            results, main_rows(results), m, name=m, title="Every defense on every attack",
+            caption="The same victims, clean subset and seeds for all."))
     built += if_present(results, PAPER, "main", lambda: ranks(results))
     built += if_present(results, PAPER, "main", lambda: cost(results))
     return [replace(entry, name=f"{PAPER}-{entry.name}") for entry in built if len(entry.frame)]
@@ -31,22 +33,6 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
 def main_rows(results: Results) -> pd.DataFrame:
     """One row per (attack, defense, seed)."""
     return rows(results, PAPER, "main", "attack", "defense", "variant")
-
-
-def grid(results: Results, measure: str) -> Table:
-    """One measure: a row per defense, a column per attack."""
-    frame = main_rows(results)
-    keys = ["attack", "defense"]
-    data = mark(results, frame, estimates(frame, keys, [measure]), keys, ["attack"])
-    weak = not_taken(frame)
-    shown = []
-    for defense, part in data.groupby("defense", sort=False):
-        cells = {f"{row.attack} †" if row.attack in weak else row.attack: printed(row, 1) for row in part.iloc}
-        shown.append({"Defense": defense, **cells, "n": Value(counts(part.n.to_list()))})
-    flagged = " † ASR before any defense below 50 %: the attack did not take." if weak else ""
-    return table(measure, f"Every defense on every attack: {heading(measure)}",
-                 f"{heading(measure)}; the same victims, clean subset and seeds for all.{flagged}",
-                 pd.DataFrame(shown).fillna(Value(MISSING)), data, frame, f"{SPREAD} {MARKS}")
 
 
 def ranked(results: Results, measure: str) -> tuple[list[str], Ranking, pd.DataFrame] | None:

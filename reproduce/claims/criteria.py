@@ -114,16 +114,16 @@ def erases(rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str]) 
 
 
 def loses_less(results: Results, rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str],
-               threshold: float) -> list[Check]:
+               threshold: float, measure: str = "acc") -> list[Check]:
     """Per attack: the interval of the accuracy lost by the defense wholly below `threshold` points."""
     checks = []
     for attack in attacks:
         before, after = of(rows, BEFORE, attack), of(rows, defense, attack)
-        paired = pairs(before, after, "acc") if after is not None and before is not None else []
+        paired = pairs(before, after, measure) if after is not None and before is not None else []
         if not paired:
             checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
             continue
-        drop = mean_difference(results, paired, "acc")
+        drop = mean_difference(results, paired, measure)
         checks.append(Check(attack, below(drop, threshold), f"{attack}: {drop.mean:+.1f} points lost "
                             f"[{drop.low:+.1f}, {drop.high:+.1f}], n = {len(paired)}", drop.mean, drop.low, drop.high,
                             len(paired)))
@@ -191,6 +191,41 @@ def _adds(one: Compared, p: float) -> Check:
                  f"ASR {interval.mean:+.2f} points [{interval.low:+.2f}, {interval.high:+.2f}] against {one.control}, "
                  f"Wilcoxon p (Holm) = {shown}, {len(one.paired)} (attack, seed) pairs{note}",
                  interval.mean, interval.low, interval.high, len(one.paired), p)
+
+
+def up_to(results: Results, rows: dict[str, pd.DataFrame], defense: str, base: str, measure: str, wanted: float,
+          attacks: Sequence[str]) -> Check:
+    """"Up to `wanted` %" less ASR or more ACC than `base`, on the attacks that took: the largest gain over them, as a
+    share of the base's value and in points.
+
+    Supported if either reaches `wanted` on FEWEST seeds; not supported if all `attacks` ran, neither does, and every
+    interval in points lies below it.
+    """
+    working = [a for a, asr in victims_asr(rows[BEFORE]).items() if asr >= TOOK] if BEFORE in rows else []
+    gains: dict[str, Interval] = {}
+    shares: dict[str, float] = {}
+    seeds: list[int] = []
+    for attack in working:
+        theirs, ours = of(rows, base, attack), of(rows, defense, attack)
+        if theirs is None or ours is None:
+            continue
+        paired = pairs(theirs, ours, measure) if measure == "asr" else pairs(ours, theirs, measure)
+        if paired:
+            gains[attack] = mean_difference(results, paired, measure)
+            value = estimate(theirs, measure).mean
+            shares[attack] = 100 * gains[attack].mean / value if value else math.nan
+            seeds.append(len(paired))
+    if not gains:
+        return Check("all attacks", NOT_RUN, "not run")
+    first, second = max(shares, key=lambda a: shares[a]), max(gains, key=lambda a: gains[a].mean)
+    share, points, n = shares[first], gains[second], min(seeds)
+    reached = share >= wanted or points.mean >= wanted
+    ruled_out = set(gains) == set(attacks) and not reached and all(gain.below(wanted) for gain in gains.values())
+    what = "less ASR" if measure == "asr" else "more ACC"
+    return Check("all attacks", SUPPORTED if reached and n >= FEWEST else REFUTED if ruled_out else UNDECIDED,
+                 f"at most {share:.1f} % {what} ({first}), and {points.mean:+.2f} points "
+                 f"[{points.low:+.2f}, {points.high:+.2f}] ({second}); {len(gains)} attacks, n = {n}",
+                 points.mean, points.low, points.high, n)
 
 
 def claim(paper: str, name: str, statement: str, source: str, criterion: str, checks: Sequence[Check],
