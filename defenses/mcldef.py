@@ -54,7 +54,7 @@ VISIBLE = 1 / 255       # inversion_torch.py:151: smaller changes are no changes
 class Pixel:
     """The inversion of 2023. A step is one pass over the clean images."""
 
-    steps: int = field(default=100, metadata={"smoke": 10})     # main.py:41
+    steps: int = field(default=100, metadata={"smoke": 6})      # main.py:41
     rate: float = 0.1                           # inversion_torch.py:19
     betas: tuple[float, float] = (0.5, 0.9)     # :87
     success: float = 0.9                        # :17

@@ -43,8 +43,8 @@ REPORT = 10     # every how many steps an inversion reports
 class Inversion:
     """How to search for triggers. A step is `batches` batches; the schedule moves between steps."""
 
-    steps: int = field(default=80, metadata={"smoke": 10})      # bench nc_epoch; gtsrb_visualize_example.py:53 has 1000
-    batches: int = field(default=31, metadata={"smoke": 4})     # :54-55, 1000 // 32
+    steps: int = field(default=80, metadata={"smoke": 6})      # bench nc_epoch; gtsrb_visualize_example.py:53 has 1000
+    batches: int = field(default=31, metadata={"smoke": 2})     # :54-55, 1000 // 32
     batch: int = 32                             # :51
     rate: float = 0.1                           # :52
     betas: tuple[float, float] = (0.5, 0.9)     # visualizer.py:250

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reproduce.claims.criteria import NOT_RUN, Claim
+from reproduce.plugins import names
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
 
@@ -20,8 +21,8 @@ NO_VERDICT = "smoke scale: no verdict on the paper"
 
 
 def claims(results: Results, profile: Profile) -> list[Claim]:
-    """The claims of every paper that has entries, in the papers' order."""
-    papers = {entry.paper for entry in results.entries}
+    """The claims of every paper that has entries and a file here, in the papers' order."""
+    papers = {entry.paper for entry in results.entries} & set(names(Path(__file__).parent))
     return [_scaled(claim, profile) for paper in PAPERS if paper in papers
             for claim in importlib.import_module(f"reproduce.claims.{paper}").claims(results)]
 

@@ -48,8 +48,8 @@ TEACHERS = {
     "WRN-40-2 from scratch on the clean subset": {"teacher": "scratch", "teacher_model": "wrn-40-2",
                                                   "teacher_recipe": argd.SCRATCH},
 }
-# Edges and embedding count about a thousandth of the nodes (the header of defenses/argd.py): with this factor as much.
-HEAVY = 1000.0
+# With these weights edges and embedding are as large as the nodes in the first epoch (the header of defenses/argd.py).
+RAISED = {"edge_weight": 700.0, "embedding_weight": 100.0}
 NO_NODES = (0.0,) * 3
 TERMS = {
     "cross-entropy alone": argd.without_distillation(_DESCRIBED),
@@ -58,9 +58,8 @@ TERMS = {
     "nodes, embedding": replace(_DESCRIBED, edge_weight=0.0),
     "edges, embedding": replace(_DESCRIBED, node_weights=NO_NODES),
     "nodes, edges, embedding (ARGD)": _DESCRIBED,
-    "edges, embedding, both times 1000": replace(_DESCRIBED, node_weights=NO_NODES, edge_weight=HEAVY,
-                                                 embedding_weight=HEAVY),
-    "nodes; edges, embedding times 1000": replace(_DESCRIBED, edge_weight=HEAVY, embedding_weight=HEAVY),
+    "edges times 700, embedding times 100": replace(_DESCRIBED, node_weights=NO_NODES, **RAISED),
+    "nodes, edges times 700, embedding times 100": replace(_DESCRIBED, **RAISED),
     "ARGD, embedding trained": argd.SETTINGS[PAPER, "trained-embedding"],
 }
 VARIANTS = {variant: argd.SETTINGS[PAPER, variant]
