@@ -1,5 +1,6 @@
 """What the figures of several papers share: the comparison, one factor varied, triggers, attention maps."""
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -184,7 +185,7 @@ def attention_maps(results: Results, study: Study, shown: Sequence[str], attack:
                     axis.imshow(maps[defense, i, kind, layer], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
                     bare(axis)
                     if block == across == 0:
-                        axis.set_ylabel(defense.replace(" (", "\n("), rotation=0, ha="right", va="center", fontsize=7.5)
+                        axis.set_ylabel(textwrap.fill(defense, 16), rotation=0, ha="right", va="center", fontsize=7.5)
                     if down == len(samples) - 1:
                         axis.set_xlabel(str(across + 1), fontsize=7)
         figure.supxlabel("residual group", fontsize=7.5)
