@@ -74,7 +74,7 @@ def ablation(results: Results, study: Study, factor: Factor) -> list[Figure]:
             return None
         # With a second label its values are the rows, and the factor's the dots in them.
         line, series = (keys[0], keys[1]) if factor.within else (keys[0], None)
-        return Figure(factor.item, f"{study.name}: {factor.title.lower()}",
+        return Figure(factor.item, f"{study.name}: {factor.name}",
                       f"BadNets. {factor.caption} {BARS} {seeds(data)}.",
                       lambda: dots(data, line, series, ("asr", "acc")), data, seeds(data))
     return if_present(results, study.paper, factor.item, build)

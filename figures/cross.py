@@ -10,8 +10,7 @@ from figures.comparison import if_present
 from figures.style import BARS, LABELS, Figure, done, errors, legend, look, panels, seeds
 from reproduce.results import Results
 from reproduce.statistics import Ranking
-from tables.comparison import probability
-from tables.cross import PAPER, main_rows, ranked
+from tables.cross import PAPER, equals, main_rows, ranked
 
 RANKED = ("asr", "acc")
 
@@ -39,8 +38,8 @@ def critical_difference(results: Results) -> Figure | None:
         with panels(0.9 + 0.17 * most, list(found)) as (figure, axes):
             for axis, (measure, (names, result, _runs)) in zip(axes, found.items(), strict=True):
                 _diagram(axis, names, result)
-                axis.set_title(f"{LABELS[measure].removesuffix(' (%)')}: Friedman p = {probability(result.p)}, "
-                               f"{result.blocks} pairs")
+                axis.set_title(f"{LABELS[measure].removesuffix(' (%)')}, {result.blocks} pairs\n"
+                               f"Friedman p {equals(result.p)}")
         return figure
 
     return Figure("critical-difference", "Every defense on every attack: critical differences",

@@ -33,8 +33,9 @@ LABELS = {"asr": "ASR (%)", "acc": "ACC (%)", "acc_nontarget": "ACC non-target (
 LOOKS = {"Before": ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
     ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"),
     ("NAD, betas 2000/5000/2000", 8, "<"), ("ARGD without distillation", 9, "D"), ("ARGD", 1, "X"),
-    ("ANP", 7, "p"), ("I-BAU", 9, "h"), ("NC", 8, ">"), ("MCLDef", 6, "*"), ("MCLDef, random trigger", 6, "o"),
-    ("MCLDef, cross-entropy", 6, "d"), ("MCLDef, target estimated", 6, "8"))}}
+    ("ANP", 7, "p"), ("I-BAU", 9, "h"), ("NC", 8, ">"))},
+    "MCLDef": ("#4b1d6b", "X"), "MCLDef, random trigger": ("#c3a0dc", "o"),
+    "MCLDef, cross-entropy": ("#8e5bb8", "d"), "MCLDef, target estimated": ("#6a3a94", "*")}
 LEGEND_WIDTH = 80   # characters in one line of a legend
 BARS = "Bars: 95 % t intervals over seeds; with two seeds from one to the other; with one its Wilson interval."
 

@@ -13,6 +13,7 @@ from reproduce.training import predict
 
 SAMPLES = 8
 FEATURES = 100
+LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def samples(model: nn.Module, test: TestSet, layers: tuple[str, ...]) -> dict[st
         if len(images):
             _logits, maps = features(model, to_input(images.to(device)), layers)
             for layer, values in zip(layers, maps, strict=True):
-                arrays[f"attention_{kind}_{layer}"] = values.square().sum(1).cpu().numpy().astype(np.float16)
+                arrays[f"attention_{kind}_{layer}"] = values.square().sum(1).clamp(max=LARGEST).cpu().numpy().astype(
+                    np.float16)
     arrays["feature_labels"] = test.labels[:FEATURES].cpu().numpy().astype(np.int32)
     for kind, images in (("clean", test.images[:FEATURES]), ("triggered", test.triggered[:FEATURES])):
         if len(images):

@@ -202,6 +202,11 @@ class Factor:
     within: tuple[str, str] | None = None
 
     @property
+    def name(self) -> str:
+        """What is varied, in a title."""
+        return (self.within[1] if self.within else self.title).lower()
+
+    @property
     def keys(self) -> dict[str, str]:
         """{label: heading} of the table's rows."""
         return ({self.within[0]: self.within[1]} if self.within else {}) | {self.label: self.title}
@@ -211,7 +216,7 @@ def ablation(results: Results, study: Study, factor: Factor) -> list[Table]:
     """One factor varied."""
     return if_present(results, study.paper, factor.item, lambda: listing(
         results, rows(results, study.paper, factor.item, *factor.keys), factor.keys, name=factor.item,
-        title=f"{study.name}: {factor.title.lower()}", within=[factor.within[0]] if factor.within else [],
+        title=f"{study.name}: {factor.name}", within=[factor.within[0]] if factor.within else [],
         caption=f"BadNets. {factor.caption}"))
 
 

@@ -67,7 +67,7 @@ def ranks(results: Results) -> Table:
             continue
         names, result, runs = found
         used.append(runs)
-        notes.append(f"{heading(measure)}: Friedman p = {probability(result.p)} over {result.blocks} pairs.")
+        notes.append(f"{heading(measure)}: Friedman p {equals(result.p)} over {result.blocks} pairs.")
         for i, name in enumerate(names):
             p = math.nan
             if REFERENCE in names and name != REFERENCE:
@@ -85,6 +85,12 @@ def ranks(results: Results) -> Table:
                  "the seeds of an attack as independent. " + " ".join(notes),
                  pd.DataFrame(list(shown.values())).fillna(Value(MISSING)), pd.DataFrame(numbers),
                  pd.concat(used) if used else main_rows(results).iloc[:0])
+
+
+def equals(p: float) -> str:
+    """= 0.012, or < 0.001."""
+    text = probability(p)
+    return text if text.startswith("<") else f"= {text}"
 
 
 COSTS = {"seconds": ("Seconds", 1), "images": ("Images through the network", 0), "changed": ("Values changed", 0)}

@@ -17,7 +17,7 @@ STUDY = Study(
     {("main", "released"): ("main", "defenses as released"),
      ("gtsrb", "released"): ("gtsrb", "GTSRB, defenses as released"),
      ("resnet-18", "released"): ("resnet-18", "ResNet-18, defenses as released")},
-    {"main": "CIFAR-10", "gtsrb": "GTSRB", "resnet-18": "ResNet-18"}, tall=True)
+    {"main": "all attacks", "gtsrb": "GTSRB", "resnet-18": "ResNet-18"}, tall=True)
 FACTORS = (
     Factor("temperature", "temperature", "Temperature", "Of the contrastive loss; released: 0.5."),
     Factor("inversion", "inversion", "Inversion", "How the trigger that stage 2 unlearns is found."),
