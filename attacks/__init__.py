@@ -5,13 +5,22 @@ An attack module defines
     Config                   frozen dataclass of hyper-parameters in the paper's symbols, a source beside each
                              constant; always has `target`, `rate` and `labels` (see `reproduce.poisoning`)
     SETTINGS                 {(paper, variant): Config}, e.g. ("nad", "released")
-    requires(config)         what it needs beyond the images, out of {"clean-model", "pictures", "arrays"}
+    requires(config)         what it needs beyond the training images, out of
+                             {"clean-model", "pictures", "own-images", "arrays"} (see `reproduce.poisoning.Context`)
     prepare(config, context) the trigger's state, a dict of tensors (saved with the victim); {} if it has none
     apply(images, config, state, seed, split)
                              the trigger: uint8 (N, 3, H, W) -> uint8 (N, 3, H, W); pure and batched;
                              split is "train" or "test" and matters only where the two differ (Refool)
     poison(images, labels, config, state, seed, num_classes)
                              the training set it leaves behind: `reproduce.poisoning.Poisoned`
+
+An attacker who controls the training itself defines, instead of `poison`,
+
+    implant(model, images, labels, config, state, recipe, seed, num_classes, observe=silent, checkpoint=None)
+                             train `model` in place on the clean set by the victim's recipe; returns (history, state):
+                             rows as `reproduce.training.train` returns them (one may name another "phase" than
+                             "victim"), and the trigger's final state, which is saved and handed to `apply`. An
+                             interrupted training goes on from `checkpoint` and ends bit for bit the same
 
 Adding an attack is adding such a file and naming it in a protocol: modules are found by their name.
 """

@@ -7,7 +7,9 @@ arXiv:1708.06733. NAD (Li et al., ICLR 2021) uses it with the 3x3 pattern below 
     y' = target
 
 Departures: none known. The per-attack table of NAD's appendix was not readable to us; target, rate and pattern are
-those of the released code, so "described" and "released" are one setting.
+those of the released code, so "described" and "released" are one setting. ARGD's code (BililiCode/ARGD@6354666) moves
+the trigger to the middle of the image. Its config.py labels by "cleanLabel", which is ARGD's setting of attacks/cl.py;
+its README calls the model it comes with all-to-one, which is used here.
 """
 
 from collections.abc import Iterable
@@ -22,6 +24,10 @@ from reproduce.poisoning import Context, Poisoned, poison_with_trigger
 GRID = ((0, 0, 255), (0, 255, 0), (255, 0, 255))
 # NAD data_loader.py@f17b713:300-305, used there one pixel away from the border (row = column = -4).
 SQUARE = ((255, 255, 255), (255, 255, 255), (255, 255, 255))
+# ARGD data_loader.py@6354666:387-399, pasted at (CENTRE, CENTRE). Its bottom-right cell is 128: not a perfect
+# checkerboard either.
+CENTRE_GRID = ((255, 128, 255), (128, 255, 128), (255, 128, 128))
+CENTRE = 18
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,15 @@ class Config:
 
 
 RELEASED = Config()
-SETTINGS = {("nad", "described"): RELEASED, ("nad", "released"): RELEASED}
+SETTINGS = {
+    ("nad", "described"): RELEASED,
+    ("nad", "released"): RELEASED,
+    ("argd", "released"): Config(
+        target=0,  # ARGD config.py@6354666:47, README.md:8
+        rate=0.2,  # ARGD config.py@6354666:46
+        labels="all-to-one",  # ARGD README.md@6354666:8
+        pattern=CENTRE_GRID, row=CENTRE, column=CENTRE),
+}
 
 
 def requires(config: Config) -> frozenset[str]:

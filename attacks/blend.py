@@ -40,6 +40,8 @@ class Config:
 SETTINGS = {
     ("nad", "described"): Config(noise="fixed-rgb"),
     ("nad", "released"): Config(noise="fresh-grey"),
+    # ARGD data_loader.py@6354666:458-463, the same noise; config.py:46-47, README.md:8
+    ("argd", "released"): Config(noise="fresh-grey", target=0, rate=0.2),
 }
 
 

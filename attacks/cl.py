@@ -8,31 +8,41 @@ then the trigger is pasted on it, so that the trigger becomes the easier thing t
     x_(t+1) = clip to [0, 1] and to [x - epsilon, x + epsilon] of  x_t + step * sign(grad L(f(x_t), y))
     x'      = x_T with the trigger,  y' = y = target
 
-At test time only the trigger is pasted, on images of the other classes.
+At test time only the trigger is pasted, on images of the other classes. With epsilon = 0 nothing is perturbed and no
+clean network is needed.
 
 NAD's code has no CL: its README points to hkunzhe/label_consistent_attacks_pytorch, whose configuration is used here.
 Departures: that code perturbs with an adversarially trained ResNet-18; we use a clean network of the victim's own
 architecture. It pastes a random 2x2 coloured patch instead of the paper's four corners; we use the four corners of the
 authors' own code (MadryLab/label-consistent-backdoor-code) at full contrast. It draws each target image with
 probability 1/2; we take exactly half of them. NAD's norm, epsilon and rate are not stated where we could read.
+
+("argd", "released") is what ARGD's code does under the name "cleanLabel" (BililiCode/ARGD@6354666 data_loader.py:
+246-265): its grid in the middle of images of the target class, which are not perturbed. Departure: that code draws
+its share from all classes and keeps the target's part; we take exactly that share of the target class.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.badnets import stamp
+from attacks.badnets import CENTRE, CENTRE_GRID, stamp
 from reproduce.poisoning import Context, Poisoned, poison_with_trigger
 
 # MadryLab poison_attack.py@b18d8ab, "all-corners": both right corners carry this pattern, both left ones its mirror.
 CORNER = ((0, 0, 255), (0, 255, 0), (255, 0, 255))
+MIRRORED = tuple(row[::-1] for row in CORNER)
+CORNERS = ((MIRRORED, 0, 0), (MIRRORED, -3, 0), (CORNER, 0, -3), (CORNER, -3, -3))
 
 
 @dataclass(frozen=True)
 class Config:
-    """epsilon, step: L-infinity bound and step of the ascent in grey levels; steps: how many."""
+    """epsilon, step: L-infinity bound and step of the ascent in grey levels; steps: how many.
+
+    patches: the trigger as (grey levels by row, row, column), see `badnets.stamp`.
+    """
 
     target: int = 5  # NAD config.py@f17b713:43
     rate: float = 0.5  # hkunzhe config/poison_train.yaml@224f587, share of the target class
@@ -41,13 +51,22 @@ class Config:
     step: float = 1.5  # hkunzhe config/craft.yaml@224f587
     steps: int = 100  # hkunzhe config/craft.yaml@224f587
     batch: int = 250  # ours: memory only, images do not influence each other
+    patches: tuple[tuple[tuple[tuple[int, ...], ...], int, int], ...] = field(  # MadryLab, "all-corners"
+        default=CORNERS, metadata={"since": "argd"})
 
 
-SETTINGS = {("nad", "described"): Config()}
+SETTINGS = {
+    ("nad", "described"): Config(),
+    ("argd", "released"): Config(
+        target=0,  # ARGD config.py@6354666:47
+        rate=0.2,  # ARGD config.py@6354666:46
+        epsilon=0.0,  # ARGD data_loader.py@6354666:246-265
+        patches=((CENTRE_GRID, CENTRE, CENTRE),)),  # ARGD config.py@6354666:48; data_loader.py:387-399
+}
 
 
 def requires(config: Config) -> frozenset[str]:
-    return frozenset({"clean-model"})
+    return frozenset({"clean-model"} if config.epsilon else ())
 
 
 def prepare(config: Config, context: Context) -> dict[str, Tensor]:
@@ -55,6 +74,8 @@ def prepare(config: Config, context: Context) -> dict[str, Tensor]:
     # Poisoning with the identity tells which images the shared rule picks at this seed.
     draw = poison_with_trigger(context.images, context.labels, config, context.seed, context.num_classes, torch.clone)
     indices = draw.mask.nonzero().flatten()
+    if not config.epsilon:
+        return {"indices": indices, "perturbed": context.images[indices].contiguous()}
     parts = []
     for part in indices.split(config.batch):
         done = sum(map(len, parts))
@@ -89,9 +110,8 @@ def ascend(model: nn.Module, images: Tensor, labels: Tensor, config: Config, rep
 
 def apply(images: Tensor, config: Config, state: dict[str, Tensor], seed: int, split: str) -> Tensor:
     """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W): the trigger alone."""
-    right = torch.tensor(CORNER, dtype=torch.uint8)
-    left = right.flip(1)
-    return stamp(images, [(left, 0, 0), (left, -3, 0), (right, 0, -3), (right, -3, -3)])
+    return stamp(images, [(torch.tensor(pattern, dtype=torch.uint8), row, column)
+                          for pattern, row, column in config.patches])
 
 
 def poison(images: Tensor, labels: Tensor, config: Config, state: dict[str, Tensor], seed: int,

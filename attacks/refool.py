@@ -25,10 +25,16 @@ read. At 32 pixels the blur and the shift are below one pixel, so the types diff
 `backdoorbench` is what BackdoorBench made of the attack after finding that the random strength often costs much of the
 ASR (attack/refool.py@f02e353:9, config/attack/refool/default.yaml): a fixed, stronger reflection, filtered at the size
 of the images, no reflection in focus. Ours differs from theirs in that test photographs stay disjoint.
+
+("argd", "released") is ARGD's code (BililiCode/ARGD@6354666 data_loader.py:284-319,506-627): image 2 of the set at hand
+is the reflection over all others, filtered at their size, over images of the target class only, whose label stays. So
+the trigger learned is an image of the training set and the trigger tested another, of the test set. That code filters
+anew for each image, we draw from `versions`; it stretches a ghost linearly, we cubically; it draws its share from all
+classes and keeps the target's part, we take exactly that share of the target class.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +49,11 @@ GAMMA = 2.2  # Refool insert_reflection.py@9948043:67
 
 @dataclass(frozen=True)
 class Config:
-    """Ranges are (lowest, highest) of a uniform draw."""
+    """Ranges are (lowest, highest) of a uniform draw.
+
+    own_image: the reflection is this image of the data set's training or test part; None: photographs.
+    versions: how often each picture is filtered, with draws of its own.
+    """
 
     target: int = 5  # NAD config.py@f17b713:43
     rate: float = 0.1  # NAD config.py@f17b713:42
@@ -56,22 +66,38 @@ class Config:
     ghost_share: tuple[float, float] = (0.15, 0.5)  # Refool insert_reflection.py@9948043:78; g or 1 - g, evenly
     attenuation: tuple[float, float] = (1.08, 1.18)  # Refool insert_reflection.py@9948043:108
     size: int = 560  # Refool insert_reflection.py@9948043:47
+    own_image: int | None = field(default=None, metadata={"since": "argd"})
+    versions: int = field(default=1, metadata={"since": "argd"})
 
 
 SETTINGS = {
     ("nad", "described"): Config(),
     # BackdoorBench config/attack/refool/default.yaml@f02e353 (ghost_rate, alpha_t); attack/refool.py:233 (size)
     ("nad", "backdoorbench"): Config(ghost=0.49, in_focus=0.0, transmitted=(0.4, 0.4), size=32),
+    ("argd", "released"): Config(
+        target=0,  # ARGD config.py@6354666:47
+        rate=0.2,  # ARGD config.py@6354666:46
+        labels="clean-label",  # ARGD data_loader.py@6354666:284-297
+        ghost=39 / 101,  # ARGD data_loader.py@6354666:506,525: randint(0, 100) < 39, both ends included
+        in_focus=0.0,  # ARGD data_loader.py@6354666:525-
+        size=32,  # ARGD data_loader.py@6354666:506
+        own_image=2,  # ARGD data_loader.py@6354666:171
+        versions=256),  # ours
 }
 
 
 def requires(config: Config) -> frozenset[str]:
-    return frozenset({"pictures"})
+    return frozenset({"pictures" if config.own_image is None else "own-images"})
 
 
 def prepare(config: Config, context: Context) -> dict[str, Tensor]:
     """{"train", "test"}: uint8 (P, 3 types, 3, H, W), the filtered reflections in ordinary (gamma-coded) pixels."""
-    return {split: filtered(context.pictures[split], config, tuple(context.images.shape[2:]),
+    def sources(split: str) -> Tensor:
+        pictures = context.pictures[split]
+        chosen = pictures if config.own_image is None else pictures[config.own_image, None]
+        return chosen.repeat_interleave(config.versions, 0)
+
+    return {split: filtered(sources(split), config, tuple(context.images.shape[2:]),
                             generator(context.seed, "refool-reflections", split), context.progress)
             for split in ("train", "test")}
 
@@ -126,7 +152,8 @@ def apply(images: Tensor, config: Config, state: dict[str, Tensor], seed: int, s
     result = torch.empty_like(images)
     for start in range(0, len(images), 512):
         part = slice(start, start + 512)
-        x = decode[images[part].int()]
+        # In one memory order, so that the sums of `dimmed` do not depend on the caller's.
+        x = decode[images[part].contiguous(memory_format=torch.channels_last).int()]
         r = decode[reflections[photographs[part], kinds[part]].int()]
         alpha = alphas[part].view(-1, 1, 1, 1).to(images.device)
         defocused = (kinds[part] == OUT_OF_FOCUS).view(-1, 1, 1, 1).to(images.device)

@@ -18,7 +18,7 @@ without the signal. The sum is rounded to the nearest grey level (ours).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,17 +39,21 @@ class Config:
     target: int = 5  # NAD config.py@f17b713:43
 
 
+RELEASED = Config(
+    rate=0.1,  # NAD config.py@f17b713:42
+    labels="all-to-one",  # NAD config.py@f17b713:45
+    f=0.8 * 32 / (2 * math.pi),  # 0.8 rad per column: the array signal_cifar10_mask.npy, exactly
+    blend=0.2,  # NAD data_loader.py@f17b713:402
+)
 SETTINGS = {
     ("nad", "described"): Config(
         rate=0.5,  # ours: no value readable
         labels="clean-label",  # Barni et al. (the title)
         f=6.0,  # NAD README.md@f17b713:67-94
         blend=None),
-    ("nad", "released"): Config(
-        rate=0.1,  # NAD config.py@f17b713:42
-        labels="all-to-one",  # NAD config.py@f17b713:45
-        f=0.8 * 32 / (2 * math.pi),  # 0.8 rad per column: the array signal_cifar10_mask.npy, exactly
-        blend=0.2),  # NAD data_loader.py@f17b713:402
+    ("nad", "released"): RELEASED,
+    # ARGD data_loader.py@6354666:465-472, the same array; config.py:46-47, README.md:8
+    ("argd", "released"): replace(RELEASED, target=0, rate=0.2),
 }
 
 

@@ -48,6 +48,8 @@ class Config:
 SETTINGS = {
     ("nad", "described"): Config(array=None),
     ("nad", "released"): Config(array="best_square_trigger_cifar10.npz"),  # NAD data_loader.py@f17b713:412
+    # ARGD data_loader.py@6354666:474-481, the same array; config.py:46-47, README.md:8
+    ("argd", "released"): Config(array="best_square_trigger_cifar10.npz", target=0, rate=0.2),
 }
 
 
@@ -68,14 +70,15 @@ def prepare(config: Config, context: Context) -> dict[str, Tensor]:
 
 
 def best_connected(model: nn.Module) -> int:
-    """The input of the classifier `fc` with the largest sum of absolute outgoing weights."""
-    return int(model.fc.weight.detach().abs().sum(0).argmax())
+    """The input of the classifier with the largest sum of absolute outgoing weights."""
+    return int(model.get_submodule(model.classifier).weight.detach().abs().sum(0).argmax())
 
 
 def activation(model: nn.Module, images: Tensor, neuron: int) -> Tensor:
-    """a_n for images in [0, 1], float (N, 3, H, W) -> (N,): one entry of the pooled features that `fc` receives."""
+    """a_n for images in [0, 1], float (N, 3, H, W) -> (N,): one of the pooled features the classifier receives."""
     seen: list[Tensor] = []
-    handle = model.fc.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    classifier = model.get_submodule(model.classifier)
+    handle = classifier.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     try:
         model(images)
     finally:
@@ -86,7 +89,7 @@ def activation(model: nn.Module, images: Tensor, neuron: int) -> Tensor:
 def invert_neuron(config: Config, context: Context) -> Tensor:
     """Descend the pixels of the patch until the neuron reaches the target value; uint8 (3, side, side)."""
     model, neuron = context.clean_model, best_connected(context.clean_model)
-    device = model.fc.weight.device
+    device = next(model.parameters()).device
     rng = generator(context.seed, "trojan-inversion")
     chosen = torch.randperm(len(context.images), generator=rng)[:config.images]
     images = context.images[chosen].to(device).float() / 255

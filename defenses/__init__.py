@@ -8,6 +8,7 @@ A defense module defines
     defend(model, clean, config, seed, observe=silent, clean_model=None) -> Defended
 
 `model` is left untouched. A defense sees the clean subset only: never the trigger, the target label or test data.
+(A setting whose official code is told the target label has it as a constant.)
 It reports each epoch to `observe` and hears nothing back. Adding a defense is adding such a file and naming it in
 a protocol: modules are found by their name.
 """

@@ -12,8 +12,9 @@ same place, the input of the classifier, but stops on test accuracy, with a rela
 
 Departures. In a pre-activation ResNet the last convolution adds to a residual stream, so its own filters cannot switch
 a channel off: we prune the channel after the sum, by setting scale and shift of the final BatchNorm to 0, which makes
-the classifier's input exactly 0. Neither this paper's stopping rule nor the settings NAD compared with were readable:
-tolerance and validation share are ours, and the fine-tuning is that of the FT row.
+the classifier's input exactly 0. ResNet-18 has no BatchNorm there: its channels are cut off by zeros in the
+classifier's weights. Neither this paper's stopping rule nor the settings NAD compared with were readable: tolerance
+and validation share are ours, and the fine-tuning is that of the FT row.
 """
 
 from copy import deepcopy
@@ -29,8 +30,6 @@ from reproduce.data.augment import to_input
 from reproduce.defending import Clean, Defended, split_validation
 from reproduce.models.taps import features
 from reproduce.training import Observer, Recipe, silent
-
-NORM, CLASSIFIER = "bn1", "fc"    # the last BatchNorm, then ReLU, average pooling and the linear classifier
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     repaired = deepcopy(model).eval()
     order = activations(repaired, ranking.images).mean(0).argsort()
     curve = pruning_curve(activations(repaired, validation.images), validation.labels, order,
-                          repaired.get_submodule(CLASSIFIER))
+                          repaired.get_submodule(repaired.classifier))
     count = pruned_count(curve, config.tolerance)
     pruned = order[:count]
     prune(repaired, pruned)
@@ -71,7 +70,7 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
 @torch.no_grad()
 def activations(model: nn.Module, images: Tensor) -> Tensor:
     """Mean of every last channel over the pixels: uint8 (N, 3, H, W) -> the classifier's input, (N, C)."""
-    outputs = [features(model, to_input(part), (NORM,))[1][0] for part in images.split(256)]
+    outputs = [features(model, to_input(part), (model.penultimate,))[1][0] for part in images.split(256)]
     return torch.cat([F.relu(output).mean((2, 3)) for output in outputs])
 
 
@@ -93,7 +92,14 @@ def pruned_count(curve: list[float], tolerance: float) -> int:
 
 @torch.no_grad()
 def prune(model: nn.Module, channels: Tensor) -> None:
-    """Zero scale and shift of `channels` in the last BatchNorm, in place: they are 0 at the classifier on any input."""
-    norm = model.get_submodule(NORM)
-    norm.weight.index_fill_(0, channels, 0.0)
-    norm.bias.index_fill_(0, channels, 0.0)
+    """Cut `channels` off from the classifier, in place, on any input.
+
+    Where the last layer is a BatchNorm its scale and shift become 0, and so the channels; else the classifier's weights
+    for them do.
+    """
+    last = model.get_submodule(model.penultimate)
+    if isinstance(last, nn.BatchNorm2d):
+        last.weight.index_fill_(0, channels, 0.0)
+        last.bias.index_fill_(0, channels, 0.0)
+    else:
+        model.get_submodule(model.classifier).weight.index_fill_(1, channels, 0.0)

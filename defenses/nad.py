@@ -172,13 +172,13 @@ def attention_loss(student: Tensor, teacher: Tensor, attention: str = "sum-p", p
     ours, theirs = attention_map(student, attention, p), attention_map(teacher, attention, p)
     if ours.shape != theirs.shape:
         theirs = F.adaptive_avg_pool2d(theirs, ours.shape[1:])
-    difference = _unit(ours) - _unit(theirs)
+    difference = unit(ours) - unit(theirs)
     if norm == "mse":
         return difference.square().mean()
     return torch.linalg.vector_norm(difference, dim=1).mean()
 
 
-def _unit(maps: Tensor) -> Tensor:
+def unit(maps: Tensor) -> Tensor:
     """(N, H, W) -> (N, H * W) of L2 norm 1."""
     flat = maps.flatten(1)
     return flat / (torch.linalg.vector_norm(flat, dim=1, keepdim=True) + EPSILON)

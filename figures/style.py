@@ -31,7 +31,12 @@ SETTINGS = {
 LABELS = {"asr": "ASR (%)", "acc": "ACC (%)", "acc_nontarget": "ACC non-target (%)", "ra": "RA (%)"}
 # The same defense looks the same in every figure of every paper.
 LOOKS = {"Before": ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
-    ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"))}}
+    ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"),
+    ("NAD, betas 2000/5000/2000", 8, "<"), ("ARGD without distillation", 9, "D"), ("ARGD", 1, "X"),
+    ("ANP", 7, "p"), ("I-BAU", 9, "h"), ("NC", 8, ">"))},
+    "MCLDef": ("#4b1d6b", "X"), "MCLDef, random trigger": ("#c3a0dc", "o"),
+    "MCLDef, cross-entropy": ("#8e5bb8", "d"), "MCLDef, target estimated": ("#6a3a94", "*")}
+LEGEND_WIDTH = 80   # characters in one line of a legend
 BARS = "Bars: 95 % t intervals over seeds; with two seeds from one to the other; with one its Wilson interval."
 
 
@@ -173,5 +178,7 @@ def limits(axes: Sequence[Axes], measures: Sequence[str]) -> None:
 def legend(figure: Canvas, axis: Axes, columns: int) -> None:
     """One legend below all panels."""
     handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, 6), handletextpad=0.4,
+    # Columns are as wide as their longest entry; six characters for marker and gap.
+    fitting = max(1, LEGEND_WIDTH // (max(map(len, names), default=1) + 6))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, 6, fitting), handletextpad=0.4,
                   columnspacing=1.2)

@@ -19,10 +19,15 @@ NONE = "none"
 
 
 def plain(value: Any) -> Any:
-    """A configuration as JSON-able data, without fields marked as not changing the result."""
+    """A configuration as JSON-able data, without fields marked as not changing the result.
+
+    A field added to a configuration that has runs is marked with metadata={"since": ...}: it is left out where it has
+    its default, so that those runs keep their names.
+    """
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)
-                if f.metadata.get("identity", True)}
+                if f.metadata.get("identity", True)
+                and not ("since" in f.metadata and getattr(value, f.name) == f.default)}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value

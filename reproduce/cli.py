@@ -163,7 +163,8 @@ def status(**selected: Any) -> None:
 @main.command()
 @SELECTION
 @click.option("--into", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the copy goes.")
-def export(into: Path, **selected: Any) -> int:
+@click.option("--no-weights", is_flag=True, help="Leave out the victims' weights and triggers too.")
+def export(into: Path, no_weights: bool, **selected: Any) -> int:
     """Copy finished runs, victims with their weights and defenses without, and write their report: for publishing."""
     selection = Selection(**selected)
     profile = selection.profile
@@ -172,7 +173,8 @@ def export(into: Path, **selected: Any) -> int:
     for task in with_dependencies([entry.task for entry in results.entries]):
         found = results.store.find(task.name)
         if found:
-            Store(into).adopt(found, () if isinstance(task, Victim) else ("model.safetensors",))
+            kept = isinstance(task, Victim) and not no_weights
+            Store(into).adopt(found, () if kept else ("model.safetensors", "trigger.safetensors"))
     return _report(Results(Store(into), results.entries), profile, into)
 
 
@@ -229,6 +231,8 @@ SUSPECT = options(
                  show_default=True, help="Input normalisation the checkpoint was trained with."),
     click.option("--clean-model", type=click.Path(path_type=Path), help="A clean checkpoint of the same architecture, "
                  "for attacks and teachers that need one."),
+    click.option("--trigger", type=click.Path(path_type=Path), help="The attack's trigger.safetensors out of the "
+                 "victim's run folder; default: prepared from --seed."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."),
     DATA_ROOT, DEVICE,

@@ -23,10 +23,12 @@ class Clean:
 
 @dataclass
 class Defended:
-    """A repaired model in eval mode, and `info`: what the method itself reports (MCR's t, pruned channels, ...)."""
+    """A repaired model in eval mode; `info`: what the method itself reports (MCR's t, pruned channels, ...);
+    `tensors`: what a figure may want to show of it (an inverted trigger), stored with the run."""
 
     model: nn.Module
     info: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def defense_module(name: str) -> ModuleType:

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from reproduce.data.augment import to_input
 from reproduce.metrics import Predictions
-from reproduce.models.taps import features
+from reproduce.models.taps import features, penultimate
 from reproduce.training import predict
 
 SAMPLES = 8
+FEATURES = 100
+LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,13 @@ def evaluate(model: nn.Module, test: TestSet, precision: str = "fp32") -> Predic
 
 @torch.inference_mode()
 def samples(model: nn.Module, test: TestSet, layers: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """A few test images, their triggered copies, and the model's attention maps sum_c |F|^2 on both (float16)."""
+    """What figures show of a model, float16 where not images.
+
+    images, triggered: a few test images and their triggered copies, uint8 (n, 3, H, W);
+    attention_<clean|triggered>_<layer>: the model's attention maps sum_c |F|^2 on them, (n, h, w);
+    features_<clean|triggered>: the classifier's input on more images of each kind, (m, D), the clean ones of all
+    classes with feature_labels (m,).
+    """
     count = min(SAMPLES, len(test.index) or len(test.images))
     chosen = test.index[:count] if len(test.index) else torch.arange(count)
     sets = {"clean": test.images[chosen], "triggered": test.triggered[:count]}
@@ -45,5 +53,11 @@ def samples(model: nn.Module, test: TestSet, layers: tuple[str, ...]) -> dict[st
         if len(images):
             _logits, maps = features(model, to_input(images.to(device)), layers)
             for layer, values in zip(layers, maps, strict=True):
-                arrays[f"attention_{kind}_{layer}"] = values.square().sum(1).cpu().numpy().astype(np.float16)
+                arrays[f"attention_{kind}_{layer}"] = values.square().sum(1).clamp(max=LARGEST).cpu().numpy().astype(
+                    np.float16)
+    arrays["feature_labels"] = test.labels[:FEATURES].cpu().numpy().astype(np.int32)
+    for kind, images in (("clean", test.images[:FEATURES]), ("triggered", test.triggered[:FEATURES])):
+        if len(images):
+            arrays[f"features_{kind}"] = penultimate(model, to_input(images.to(device)))[1].cpu().numpy().astype(
+                np.float16)
     return arrays

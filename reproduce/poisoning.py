@@ -28,7 +28,8 @@ class Context:
 
     images: uint8 (N, 3, H, W); labels: int64 (N,).
     clean_model: a network trained on the clean data, in eval mode; present when `requires` names "clean-model".
-    pictures: photographs, uint8 (P, 3, h, w) by split "train" / "test", disjoint sources; for "pictures".
+    pictures: uint8 (P, 3, h, w) by split "train" / "test"; for "pictures" photographs of disjoint sources, for
+        "own-images" the training and the test images of the data set itself.
     array: reads a released trigger array by file name; for "arrays".
     progress: called with a share in [0, 1] during long preparations.
     """

@@ -8,8 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from reproduce import data, models
 from reproduce.cells import NONE
@@ -24,11 +25,14 @@ from reproduce.models.checkpoints import load_checkpoint
 from reproduce.poisoning import attack_module
 from reproduce.runner import prepare, triggered_test_set
 
+TARGET_ALONE = "--target without --attack tests nothing; name the attack"
+
 
 @dataclass(frozen=True)
 class Suspect:
     """A checkpoint and how to test it. attack None: clean accuracy only; clean_model: a clean checkpoint of the same
-    architecture, for attacks and teachers that need one."""
+    architecture, for attacks and teachers that need one; trigger: the attack's state as a victim's run folder holds it,
+    None to prepare it from the seed."""
 
     checkpoint: Path
     model: str
@@ -40,6 +44,7 @@ class Suspect:
     target: int | None = None
     normalize: str = "none"
     clean_model: Path | None = None
+    trigger: Path | None = None
     seed: int = 0
     device: str = "auto"
 
@@ -61,6 +66,8 @@ class Repair:
 
 def evaluate_suspect(suspect: Suspect) -> dict[str, Any]:
     """acc, acc_nontarget, asr, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
+    if suspect.target is not None and suspect.attack is None:
+        raise UserError(TARGET_ALONE)
     loaded = data.load(suspect.dataset, suspect.root)
     network, clean_model = _networks(suspect, loaded)
     return _measured(network, _test_set(suspect, loaded, clean_model))
@@ -73,7 +80,7 @@ def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     if not repair.output.parent.is_dir():
         raise UserError(f"--output {repair.output}: the folder {repair.output.parent} does not exist")
     module = defense_module(repair.defense)
-    config = _settings(f"defense {repair.defense}", module, suspect.paper, repair.defense_variant or suspect.variant)
+    config = _defense_settings(repair, module, suspect)
     loaded = data.load(suspect.dataset, suspect.root)
     network, clean_model = _networks(suspect, loaded)
     if "clean-model" in module.requires(config) and clean_model is None:
@@ -82,11 +89,12 @@ def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     clean = _clean_images(suspect, repair, loaded, next(network.parameters()).device)
     before = _measured(network, test)
     started = time.monotonic()
-    repaired = module.defend(network, clean, config, suspect.seed, clean_model=clean_model).model
+    defended = module.defend(network, clean, config, suspect.seed, clean_model=clean_model)
+    repaired = defended.model
     seconds = round(time.monotonic() - started, 2)
     save_file({name: value.cpu().contiguous() for name, value in repaired.state_dict().items()}, repair.output)
     return {"before": before, "after": _measured(repaired, test), "seconds": seconds, "defense": repair.defense,
-            "clean_images": len(clean.images), "output": str(repair.output)}
+            "clean_images": len(clean.images), "info": defended.info, "output": str(repair.output)}
 
 
 def usable_devices(choice: str) -> tuple[str, ...]:
@@ -114,8 +122,6 @@ def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) 
     """The data set's test images, and their triggered copies where an attack is named."""
     images, labels, classes = loaded.test_images, loaded.test_labels, loaded.num_classes
     if suspect.attack is None:
-        if suspect.target is not None:
-            raise UserError("--target without --attack tests nothing; name the attack")
         return triggered_test_set(images, labels, classes, NONE, None, {}, suspect.seed)
     module = attack_module(suspect.attack)
     settings = _settings(f"attack {suspect.attack}", module, suspect.paper, suspect.variant)
@@ -126,8 +132,21 @@ def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) 
     if "clean-model" in module.requires(settings) and clean_model is None:
         raise UserError(f"attack {suspect.attack} {suspect.variant} builds its trigger on a clean model: name one with "
                         "--clean-model")
-    state = prepare(suspect.attack, settings, loaded, suspect.seed, suspect.root, clean_model)
+    if suspect.trigger:
+        state = _trigger(suspect.trigger)
+    elif hasattr(module, "implant"):
+        raise UserError(f"attack {suspect.attack} makes its trigger together with the victim: name the victim's with "
+                        "--trigger (trigger.safetensors in its run folder)")
+    else:
+        state = prepare(suspect.attack, settings, loaded, suspect.seed, suspect.root, clean_model)
     return triggered_test_set(images, labels, classes, suspect.attack, settings, state, suspect.seed)
+
+
+def _trigger(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--trigger {path} is not a readable .safetensors file ({error})") from error
 
 
 def _settings(what: str, module: ModuleType, paper: str, variant: str) -> Any:
@@ -135,6 +154,29 @@ def _settings(what: str, module: ModuleType, paper: str, variant: str) -> Any:
         known = ", ".join(f"--paper {p} --variant {v}" for p, v in module.SETTINGS)
         raise UserError(f"{what} has no settings for --paper {paper} --variant {variant}: choose {known}")
     return module.SETTINGS[paper, variant]
+
+
+def _defense_settings(repair: Repair, module: ModuleType, suspect: Suspect) -> Any:
+    """Those of --paper if it has the defense, else those of the first paper that has this variant of it.
+
+    A defense that is told the target label is told --target, else the label of the attack's settings.
+    """
+    variant = repair.defense_variant or suspect.variant
+    paper = next((p for p, v in sorted(module.SETTINGS, key=lambda key: key[0] != suspect.paper) if v == variant),
+                 suspect.paper)
+    config = _settings(f"defense {repair.defense}", module, paper, variant)
+    if getattr(config, "target", None) is None:
+        if suspect.target is not None and suspect.attack is None:
+            raise UserError(TARGET_ALONE)
+        return config
+    if suspect.target is None and suspect.attack is None:
+        raise UserError(f"defense {repair.defense} {variant} is told the target label: name it with --target, or "
+                        "choose a variant that finds it (--defense-variant described)")
+    target = suspect.target
+    if target is None:
+        target = _settings(f"attack {suspect.attack}", attack_module(suspect.attack), suspect.paper,
+                           suspect.variant).target
+    return dataclasses.replace(config, target=target)
 
 
 def _clean_images(suspect: Suspect, repair: Repair, loaded: Dataset, place: torch.device) -> Clean:

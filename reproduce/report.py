@@ -45,7 +45,7 @@ class ReportSummary:
 
 def write_report(results: Results, profile: Profile, folder: Path, command: str) -> ReportSummary:
     """Write tables/, figures/, claims.json and report.html below `folder`. command: what reproduces all this."""
-    smoke = render.is_smoke(profile)
+    smoke = profile.smoke
     papers = [paper for paper in PAPERS if any(entry.paper == paper for entry in results.entries)]
     chapters = []
     for paper in papers:
@@ -119,7 +119,7 @@ def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str,
         return {"name": figure.name, "title": figure.title, "caption": figure.caption, "png": png}
 
     return environment.get_template("report.html.j2").render(
-        profile=profile, smoke=render.is_smoke(profile), command=command, claims=found,
+        profile=profile, smoke=profile.smoke, command=command, claims=found,
         seeds=sorted({entry.task.seed for entry in results.entries}),
         chapters=[{"name": chapter["name"], "paper": chapter["paper"],
                    "tables": [{"name": table.name, "title": table.title,

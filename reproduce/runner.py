@@ -6,7 +6,8 @@ import platform
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -67,15 +68,15 @@ class Runner:
     def _victim(self, victim: Victim) -> Run:
         started = time.perf_counter()
         dataset = data.load(victim.dataset, self.root)
-        state: dict[str, Tensor] = {}
+        attack = None if victim.attack == NONE else attack_module(victim.attack)
+        state = self._prepare(victim, dataset) if attack else {}
         images, labels = dataset.train_images, dataset.train_labels
         info: dict[str, Any] = {}
-        if victim.attack != NONE:
-            state = self._prepare(victim, dataset)
-            poisoned = attack_module(victim.attack).poison(images, labels, victim.settings, state, victim.seed,
-                                                           dataset.num_classes)
+        if hasattr(attack, "poison"):
+            poisoned = attack.poison(images, labels, victim.settings, state, victim.seed, dataset.num_classes)
             images, labels = poisoned.images, poisoned.labels
             info["poisoned"] = int(poisoned.mask.sum())
+        images, labels = images.to(self.device), labels.to(self.device)
         model = models.build(victim.model, dataset.num_classes, victim.seed).to(self.device)
         checkpoint = self.store.progress(victim.name)
         resumed = checkpoint.load()
@@ -85,8 +86,12 @@ class Runner:
         def observe(phase: str, epoch: int, epochs: int, _model: nn.Module, _row: dict[str, float]) -> None:
             self.progress(victim.name, epoch / epochs, f"{phase} epoch {epoch}/{epochs}")
 
-        history = train(model, images.to(self.device), labels.to(self.device), victim.recipe, victim.seed,
-                        phase="victim", observe=observe, checkpoint=checkpoint)
+        if hasattr(attack, "implant"):
+            history, state = attack.implant(model, images, labels, victim.settings, state, victim.recipe, victim.seed,
+                                            dataset.num_classes, observe, checkpoint)
+        else:
+            history = train(model, images, labels, victim.recipe, victim.seed, phase="victim", observe=observe,
+                            checkpoint=checkpoint)
         test = test_set(dataset, victim, state)
         return self._write(victim, model, test, [{"phase": "victim", **row} for row in history], info, started,
                            {"trigger": state} if state else {})
@@ -119,10 +124,13 @@ class Runner:
             self.progress(cell.name, epoch / epochs, f"{phase} epoch {epoch}/{epochs}")
 
         started = time.perf_counter()
-        defended = defense_module(cell.defense).defend(victim_model, clean, cell.config, cell.seed, observe,
-                                                       clean_model)
-        info = {**defended.info, "clean_images": len(clean.images)}
-        return self._write(cell, defended.model, test, history, info, started, {})
+        with images_counted(victim_model) as seen:
+            defended = defense_module(cell.defense).defend(victim_model, clean, cell.config, cell.seed, observe,
+                                                           clean_model)
+        info = {**defended.info, "clean_images": len(clean.images), "images_seen": seen(defended.model),
+                "values_changed": values_changed(victim_model, defended.model)}
+        return self._write(cell, defended.model, test, history, info, started,
+                           {"defense": defended.tensors} if defended.tensors else {})
 
     def _write(self, task: Task, model: nn.Module, test: TestSet, history: list[dict[str, Any]], info: dict[str, Any],
                started: float, tensors: dict[str, dict[str, Tensor]]) -> Run:
@@ -156,14 +164,49 @@ class Runner:
                        lambda share: self.progress(victim.name, 0.0, f"preparing the trigger {share:.0%}"))
 
 
+@contextmanager
+def images_counted(model: nn.Module) -> Iterator[Callable[[nn.Module], int]]:
+    """Count the images that go through `model` and the copies made of it meanwhile, steps replayed from a graph not.
+
+    What it gives tells the number and takes the counter off the copy it is given.
+    """
+    count = 0
+
+    def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal count
+        count += len(inputs[0])
+
+    handle = model.register_forward_pre_hook(add)
+
+    def total(copy: nn.Module) -> int:
+        copy._forward_pre_hooks.pop(handle.id, None)
+        return count
+
+    try:
+        yield total
+    finally:
+        handle.remove()
+
+
+def values_changed(before: nn.Module, after: nn.Module) -> int:
+    """How many weights and statistics differ between two models of one architecture."""
+    other = after.state_dict()
+    return sum(int((value != other[name]).sum()) for name, value in before.state_dict().items()
+               if not name.endswith("num_batches_tracked"))
+
+
 def prepare(attack: str, settings: Any, dataset: Dataset, seed: int, root: Path, clean_model: nn.Module | None,
             progress: Callable[[float], None] = lambda share: None) -> dict[str, Tensor]:
     """The trigger state of an attack, with what it asks for out of the data root."""
     module = attack_module(attack)
     needed = module.requires(settings)
+    found = None
+    if "pictures" in needed:
+        found = pictures(root, allow_samples=dataset.name == EMBEDDED)
+    elif "own-images" in needed:
+        found = {"train": dataset.train_images, "test": dataset.test_images}
     return module.prepare(settings, Context(
-        dataset.train_images, dataset.train_labels, dataset.num_classes, seed, clean_model,
-        pictures(root, allow_samples=dataset.name == EMBEDDED) if "pictures" in needed else None,
+        dataset.train_images, dataset.train_labels, dataset.num_classes, seed, clean_model, found,
         (lambda name: released_array(root, name)) if "arrays" in needed else None, progress))
 
 
@@ -192,10 +235,11 @@ def environment(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 def source_hash(task: Task) -> str:
-    """SHA-256 over the files a run's numbers depend on most: its attack, its defense, training, augmentation."""
+    """SHA-256 over the files a run's numbers depend on most: its attack, its defense, training, model."""
     victim = task.victim if isinstance(task, Cell) else task
     files = [PROJECT / "reproduce" / name for name in ("training.py", "poisoning.py", "defending.py", "rng.py",
-                                                       "data/augment.py", "models/wide_resnet.py")]
+                                                       "data/augment.py")]
+    files.append(models.source(victim.model))
     if victim.attack != NONE:
         files.append(PROJECT / "attacks" / f"{victim.attack}.py")
     if isinstance(task, Cell):

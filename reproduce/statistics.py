@@ -134,6 +134,49 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Treatments compared over blocks (Demsar, JMLR 2006): Friedman's p; per treatment the mean rank, 1 = lowest value;
+    for each pair of treatments (i, j), i < j, Wilcoxon's p over blocks, Holm-corrected over all pairs."""
+
+    blocks: int
+    p: float
+    ranks: tuple[float, ...]
+    pairs: dict[tuple[int, int], float]
+
+    def cliques(self, level: float = ALPHA) -> list[tuple[int, ...]]:
+        """Largest runs of treatments, in order of mean rank, no two of which differ significantly; two or more each.
+
+        A pair whose p is NaN (no two values differ) does not differ.
+        """
+        order = sorted(range(len(self.ranks)), key=lambda i: self.ranks[i])
+        found: list[tuple[int, ...]] = []
+        for start in range(len(order)):
+            end = start
+            while end + 1 < len(order) and not any(
+                    self.pairs[min(i, order[end + 1]), max(i, order[end + 1])] < level for i in order[start:end + 1]):
+                end += 1
+            clique = tuple(order[start:end + 1])
+            if len(clique) > 1 and not any(set(clique) <= set(other) for other in found):
+                found.append(clique)
+        return found
+
+
+def ranking(values: np.ndarray) -> Ranking:
+    """Compare treatments over blocks: values (blocks, treatments), ties get mid-ranks.
+
+    Friedman's test needs three treatments and two blocks; with less its p is NaN.
+    """
+    values = np.round(np.asarray(values, dtype=float), 9)
+    blocks, treatments = values.shape
+    ranks = np.array([stats.rankdata(row) for row in values]).mean(0)
+    enough = treatments > 2 and blocks > 1 and bool(np.ptp(values, axis=1).any())
+    p = float(stats.friedmanchisquare(*values.T).pvalue) if enough else math.nan
+    pairs = [(i, j) for i in range(treatments) for j in range(i + 1, treatments)]
+    adjusted = holm([wilcoxon(values[:, i] - values[:, j]).p for i, j in pairs])
+    return Ranking(blocks, p, tuple(map(float, ranks)), dict(zip(pairs, adjusted, strict=True)))
+
+
 def hierarchical_bootstrap(groups: Sequence[Sequence[float]], level: float = LEVEL, draws: int = DRAWS,
                            seed: int = 0) -> Interval:
     """Mean over groups of the mean within each, with a percentile interval from a two-stage bootstrap.

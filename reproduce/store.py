@@ -7,7 +7,8 @@
         history.jsonl                one line per epoch
         predictions.npz              per-sample predicted labels
         samples.npz                  a few images and attention maps for the figures
-        model.safetensors            weights (and trigger.safetensors: the trigger's state, with a victim)
+        model.safetensors            weights (with a victim also trigger.safetensors: the trigger's state;
+                                     with some defenses defense.safetensors: an inverted trigger)
         manifest.json                SHA-256 of each file
         done                         SHA-256 of the manifest; written last
     <root>/failed/<name>.txt         traceback of a run that failed
@@ -68,7 +69,7 @@ class Run:
             return dict(archive)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of model.safetensors or trigger.safetensors."""
+        """The tensors of model.safetensors, trigger.safetensors or defense.safetensors."""
         return tensors_from_bytes((self.path / f"{name}.safetensors").read_bytes())
 
 

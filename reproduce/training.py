@@ -1,10 +1,11 @@
 """The one training loop, used for victims, teachers, fine-tuning and every other gradient descent on images.
 
 Order and augmentation of epoch e depend on (seed, phase, e) only, so an interrupted training resumes at an epoch
-from the model and the momentum alone and ends bit for bit where the undisturbed one ends (on a CPU).
+from the model and the optimisers' state alone and ends bit for bit where the undisturbed one ends (on a CPU).
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,16 +41,34 @@ class Recipe:
         return [rate for first, rate in self.rates if first <= epoch][-1]
 
 
+def sgd(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.SGD:
+    """The recipe's optimiser, for those parameters that are to be trained."""
+    return torch.optim.SGD((p for p in parameters if p.requires_grad), lr=recipe.rate(0), momentum=recipe.momentum,
+                           weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
+
+
+def single_sgd(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """One SGD for the whole model."""
+    return [sgd(model.parameters(), recipe)]
+
+
 @dataclass
 class Loss:
-    """total: () to descend; logits: (N, K); terms: named parts worth recording, each ()."""
+    """total: () to descend; terms: named parts worth recording, each ().
+
+    logits: (N, K), or None where nothing is classified; labels: (N,), those the logits were trained towards if they
+    are not the batch's own. Both are for the training accuracy only.
+    """
 
     total: Tensor
-    logits: Tensor
+    logits: Tensor | None
     terms: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
 
 
-LossFunction = Callable[[nn.Module, Tensor, Tensor], Loss]
+# (model, images float (N, 3, H, W), labels (N,)) -> Loss, and a fourth argument where `train` is given `extra`.
+LossFunction = Callable[..., Loss]
+Optimizers = Callable[[nn.Module, Recipe], list[torch.optim.Optimizer]]
 
 
 class Observer(Protocol):
@@ -70,6 +89,22 @@ class Checkpoint(Protocol):
     def save(self, epoch: int, tensors: dict[str, Tensor], history: list[dict[str, float]]) -> None: ...
 
 
+@dataclass
+class Continued:
+    """A checkpoint shared with an earlier training of the same run, whose rows `before` precede this one's."""
+
+    checkpoint: Checkpoint
+    before: list[dict[str, float]]
+
+    def load(self) -> tuple[int, dict[str, Tensor], list[dict[str, float]]] | None:
+        saved = self.checkpoint.load()
+        count = len(self.before)
+        return (saved[0] - count, saved[1], saved[2][count:]) if saved and len(saved[2]) > count else None
+
+    def save(self, epoch: int, tensors: dict[str, Tensor], history: list[dict[str, float]]) -> None:
+        self.checkpoint.save(len(self.before) + epoch, tensors, self.before + history)
+
+
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
     """Plain classification loss."""
     logits = model(images)
@@ -78,131 +113,153 @@ def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed: int, *, phase: str,
           loss: LossFunction = cross_entropy, observe: Observer = silent, checkpoint: Checkpoint | None = None,
-          project: Callable[[nn.Module], None] | None = None) -> list[dict[str, float]]:
+          project: Callable[[nn.Module], None] | None = None,
+          extra: Callable[[int, torch.Generator], Tensor] | None = None,
+          optimizers: Optimizers = single_sgd) -> list[dict[str, float]]:
     """Train `model` in place by SGD and leave it in eval mode; return one row of numbers per epoch.
 
     images: uint8 (N, 3, H, W) and labels: int64 (N,), both on the model's device.
     phase names the random streams: two trainings of one run need different phases.
     project, if given, is applied to the model after every step (to keep pruned weights at zero, say).
+    extra, if given, draws a random tensor for each batch from (batch size, generator), which `loss` receives as its
+    fourth argument. The generator is the epoch's own, so the other streams are the same with and without it.
+    optimizers makes what descends. The first one's rate is the recipe's; the others start at the rate they are made
+    with and fall when the recipe's falls, by the same factor.
     """
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=recipe.rate(0),
-                                momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
+    descending = optimizers(model, recipe)
     history: list[dict[str, float]] = []
     saved = checkpoint.load() if checkpoint else None
     if saved:
-        _restore(model, optimizer, saved[1])
+        _restore(model, descending, saved[1])
         history = saved[2]
-    step = _Step(model, optimizer, loss, recipe, images, labels, project)
+    step = _Step(model, descending, loss, recipe, images, labels, project)
     for epoch in range(len(history), recipe.epochs):
         step.set_rate(recipe.rate(epoch))
-        history.append({"epoch": epoch + 1, "rate": recipe.rate(epoch), **_epoch(step, recipe, seed, phase, epoch)})
+        numbers = _epoch(step, recipe, seed, phase, epoch, extra)
+        history.append({"epoch": epoch + 1, "rate": recipe.rate(epoch), **numbers})
         if checkpoint:
-            checkpoint.save(epoch + 1, _tensors(model, optimizer), history)
+            checkpoint.save(epoch + 1, _tensors(model, descending), history)
         model.eval()
         observe(phase, epoch + 1, recipe.epochs, model, history[-1])
     model.eval()
     return history
 
 
-def _epoch(step: "_Step", recipe: Recipe, seed: int, phase: str, epoch: int) -> dict[str, float]:
+def _epoch(step: "_Step", recipe: Recipe, seed: int, phase: str, epoch: int,
+           extra: Callable[[int, torch.Generator], Tensor] | None) -> dict[str, float]:
     """One pass over the data: mean loss terms and training accuracy (percent)."""
     step.model.train()
     count, size = len(step.images), step.images.shape[-1]
     device = step.images.device
     rng = generator(seed, "order", phase, epoch)
     order = torch.randperm(count, generator=rng) if recipe.shuffle else torch.arange(count)
+    extra_rng = generator(seed, "extra", phase, epoch)
     sums: dict[str, Tensor] = {}
     for start in range(0, count, recipe.batch):
         index = order[start:start + recipe.batch]
         parameters = draw(len(index), size, recipe.augment, rng) if recipe.augment.active else None
-        result = step(index.to(device), None if parameters is None else parameters.to(device))
+        drawn = extra(len(index), extra_rng) if extra else None
+        result = step(*(None if tensor is None else tensor.to(device) for tensor in (index, parameters, drawn)))
         for name, value in result.items():
             sums[name] = sums.get(name, 0) + value * len(index)
     row = {name: float(value) / count for name, value in sums.items()}
-    row["train_acc"] = 100 * row.pop("correct")
+    if "correct" in row:
+        row["train_acc"] = 100 * row.pop("correct")
     return row
 
 
 class _Step:
     """One optimisation step on the images at `index`: eager, or replayed from a CUDA graph."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: LossFunction, recipe: Recipe,
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: LossFunction, recipe: Recipe,
                  images: Tensor, labels: Tensor, project: Callable[[nn.Module], None] | None) -> None:
-        self.model, self.optimizer, self.loss, self.recipe = model, optimizer, loss, recipe
+        self.model, self.optimizers, self.loss, self.recipe = model, optimizers, loss, recipe
         # Channels-last storage makes gathering a batch and feeding it to a convolution copy-free.
         self.images, self.labels = images.contiguous(memory_format=torch.channels_last), labels
         self.project = project
+        self.first_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.captured: _Captured | None = None
 
     def set_rate(self, rate: float) -> None:
-        group = self.optimizer.param_groups[0]
-        if rate != group["lr"]:
-            group["lr"] = rate
-            self.captured = None  # the rate is a constant of the captured graph
+        if rate == self.optimizers[0].param_groups[0]["lr"]:
+            return
+        for i, (optimizer, first) in enumerate(zip(self.optimizers, self.first_rates, strict=True)):
+            for group, first_rate in zip(optimizer.param_groups, first, strict=True):
+                group["lr"] = rate if i == 0 else first_rate * (rate / self.recipe.rate(0))
+        self.captured = None  # the rate is a constant of the captured graph
 
-    def __call__(self, index: Tensor, parameters: Tensor | None) -> dict[str, Tensor]:
+    def __call__(self, index: Tensor, parameters: Tensor | None, extra: Tensor | None) -> dict[str, Tensor]:
         if not (self.recipe.graph and index.is_cuda and len(index) == self.recipe.batch):
-            return self.eager(index, parameters)
-        # The first step of a stretch runs eagerly: it makes the momentum buffers that the graph then updates in place.
+            return self.eager(index, parameters, extra)
+        # The first step of a stretch runs eagerly: it makes the optimisers' buffers that the graph updates in place.
         if self.captured is None:
-            result = self.eager(index, parameters)
-            self.captured = _Captured(self, index, parameters)
+            result = self.eager(index, parameters, extra)
+            self.captured = _Captured(self, index, parameters, extra)
             return result
-        return self.captured.replay(index, parameters)
+        return self.captured.replay(index, parameters, extra)
 
-    def eager(self, index: Tensor, parameters: Tensor | None) -> dict[str, Tensor]:
+    def eager(self, index: Tensor, parameters: Tensor | None, extra: Tensor | None) -> dict[str, Tensor]:
         batch, labels = take(self.images, index), self.labels[index]
         if parameters is not None:
             batch = apply(batch, parameters, self.recipe.augment)
+        drawn = () if extra is None else (extra,)
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            result = self.loss(self.model, to_input(batch), labels)
-        self.optimizer.zero_grad()
+            result = self.loss(self.model, to_input(batch), labels, *drawn)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         result.total.backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if self.project:
             self.project(self.model)
-        correct = (result.logits.argmax(1) == labels).float().mean()
-        return {"loss": result.total.detach(), "correct": correct,
-                **{name: value.detach() for name, value in result.terms.items()}}
+        numbers = {"loss": result.total.detach(), **{name: value.detach() for name, value in result.terms.items()}}
+        if result.logits is not None:
+            wanted = labels if result.labels is None else result.labels
+            numbers["correct"] = (result.logits.argmax(1) == wanted).float().mean()
+        return numbers
 
 
 class _Captured:
-    """A whole step recorded once and replayed with new indices and augmentation parameters."""
+    """A whole step recorded once and replayed with new indices, augmentation parameters and extra draws."""
 
-    def __init__(self, step: _Step, index: Tensor, parameters: Tensor | None) -> None:
-        self.index = index.clone()
-        self.parameters = None if parameters is None else parameters.clone()
+    def __init__(self, step: _Step, *inputs: Tensor | None) -> None:
+        self.inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.result = step.eager(self.index, self.parameters)
+            self.result = step.eager(*self.inputs)
 
-    def replay(self, index: Tensor, parameters: Tensor | None) -> dict[str, Tensor]:
-        self.index.copy_(index)
-        if parameters is not None:
-            self.parameters.copy_(parameters)
+    def replay(self, *inputs: Tensor | None) -> dict[str, Tensor]:
+        for ours, new in zip(self.inputs, inputs, strict=True):
+            if new is not None:
+                ours.copy_(new)
         self.graph.replay()
         return {name: value.clone() for name, value in self.result.items()}
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything a resumed training needs, by flat name."""
+def _tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Everything a resumed training needs, by flat name: model.<name>, optimizer.<which>.<parameter>.<name>."""
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for group in optimizer.param_groups:
-        for i, parameter in enumerate(group["params"]):
-            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                state[f"momentum.{i}"] = buffer
+    for which, optimizer in enumerate(optimizers):
+        for i, values in optimizer.state_dict()["state"].items():
+            state.update({f"optimizer.{which}.{i}.{name}": value for name, value in values.items()
+                          if isinstance(value, Tensor)})
     return state
 
 
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states: list[dict[int, dict[str, Tensor]]] = [defaultdict(dict) for _ in optimizers]
+    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     for name, value in tensors.items():
-        if name.startswith("momentum."):
-            target = parameters[int(name[9:])]
-            buffer = torch.empty_like(target)
-            optimizer.state[target]["momentum_buffer"] = buffer.copy_(value)
+        if name.startswith("model."):
+            continue
+        _, which, i, kind = name.split(".")
+        target = parameters[int(which)][int(i)]
+        if value.shape == target.shape:  # in the parameter's own memory layout
+            value = torch.empty_like(target).copy_(value)
+        states[int(which)][int(i)][kind] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @torch.inference_mode()

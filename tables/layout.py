@@ -284,3 +284,18 @@ def attack_grid(results: Results, frame: pd.DataFrame, *, name: str, title: str,
     flagged = f" † ASR before any defense below {TOOK:.0f} %: the attack did not take." if weak else ""
     return table(name, title, f"{caption} Averages: over attacks, on the (attack, seed) pairs finished for every "
                  f"defense shown.{flagged}", shown, numbers, frame, f"{SPREAD} {MARKS}")
+
+
+def defense_grid(results: Results, frame: pd.DataFrame, measure: str, *, name: str, title: str,
+                 caption: str) -> Table:
+    """One measure of many defenses: a row per defense, a column per attack."""
+    keys = ["attack", "defense"]
+    data = mark(results, frame, estimates(frame, keys, [measure]), keys, ["attack"])
+    weak = not_taken(frame)
+    rows = []
+    for defense, part in data.groupby("defense", sort=False):
+        cells = {f"{row.attack} †" if row.attack in weak else row.attack: printed(row, 1) for row in part.iloc}
+        rows.append({"Defense": defense, **cells, "n": Value(counts(part.n.to_list()))})
+    flagged = f" † ASR before any defense below {TOOK:.0f} %: the attack did not take." if weak else ""
+    return table(name, f"{title}: {heading(measure)}", f"{caption}{flagged}",
+                 pd.DataFrame(rows).fillna(Value(MISSING)), data, frame, f"{SPREAD} {MARKS}")

@@ -55,14 +55,9 @@ def heading(measure: str) -> str:
     return _HEADINGS.get(measure, measure)
 
 
-def is_smoke(profile: Profile) -> bool:
-    """Whether this profile's numbers say nothing about the papers."""
-    return profile.note.startswith(SMOKE)
-
-
 def title(table: Table, profile: Profile) -> str:
     """The title, labelled at smoke scale where there is a run behind the table."""
-    return f"{table.title} ({SMOKE})" if is_smoke(profile) and table.runs else table.title
+    return f"{table.title} ({SMOKE})" if profile.smoke and table.runs else table.title
 
 
 def provenance(table: Table, profile: Profile) -> str:

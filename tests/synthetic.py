@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from reproduce.cells import Task, Victim
 from reproduce.metrics import Predictions, metrics
@@ -62,19 +63,23 @@ def pictures(seed: int) -> dict[str, np.ndarray]:
             step = 32 // size
             arrays[f"attention_{kind}_{block}"] = (hill[::step, ::step] + 0.1 * rng.random((SAMPLES, size, size))
                                                    ).astype(np.float16)
+    arrays["feature_labels"] = (np.arange(40) % CLASSES).astype(np.int32)
+    for kind in ("clean", "triggered"):
+        arrays[f"features_{kind}"] = rng.random((40, 8)).astype(np.float16)
     return arrays
 
 
 def write_run(store: Store, task: Task, acc: float, asr: float, seed: int, history: list[dict] | None = None,
-              with_pictures: bool = True) -> None:
+              with_pictures: bool = True, info: dict | None = None,
+              tensors: dict[str, dict[str, torch.Tensor]] | None = None) -> None:
     """A finished run whose predictions scatter around acc and asr (percent)."""
     predicted = predictions(acc, asr, seed)
     arrays = {"predictions": vars(predicted)} | ({"samples": pictures(seed)} if with_pictures else {})
     store.write(task.name, config={"seed": task.seed},
                 environment={"python": "3.11", "torch": "2.x", "cpu": "a test", "device": "cpu", "threads": 1,
                              "commit": "0" * 12, "source": "f" * 16, "finished": "2026-01-01T00:00:00Z"},
-                metrics={**metrics(predicted), "seconds": 1.0 + task.seed, "info": {}}, history=history or [],
-                arrays=arrays, tensors={})
+                metrics={**metrics(predicted), "seconds": 1.0 + task.seed, "info": info or {}}, history=history or [],
+                arrays=arrays, tensors=tensors or {})
 
 
 def results(root: Path, seeds: int = 2, full: bool = True) -> Results:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from reproduce import claims
+from reproduce.claims import criteria
 from reproduce.protocols import PROFILES, Entry
 from reproduce.results import Results
 from reproduce.store import Store
@@ -39,42 +40,42 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def test_erased_without_loss_and_by_distillation(good: Results) -> None:
-    assert verdict(good, "erases-six-attacks-described") == claims.SUPPORTED
-    assert verdict(good, "no-obvious-loss-described") == claims.SUPPORTED
-    assert verdict(good, "distillation-adds-described") == claims.SUPPORTED
-    assert verdict(good, "erases-six-attacks-released") == claims.NOT_RUN
-    assert verdict(good, "augmentation-makes-erasure-harder") == claims.NOT_RUN
+    assert verdict(good, "erases-six-attacks-described") == criteria.SUPPORTED
+    assert verdict(good, "no-obvious-loss-described") == criteria.SUPPORTED
+    assert verdict(good, "distillation-adds-described") == criteria.SUPPORTED
+    assert verdict(good, "erases-six-attacks-released") == criteria.NOT_RUN
+    assert verdict(good, "augmentation-makes-erasure-harder") == criteria.NOT_RUN
 
 
 def test_not_erased_with_loss_and_no_gain(tmp_path: Path) -> None:
     found = made(tmp_path, {"Before": (90, 99), "NAD (beta = 0)": (70, 59), "NAD": (70, 60)})
-    assert verdict(found, "erases-six-attacks-described") == claims.REFUTED
-    assert verdict(found, "no-obvious-loss-described") == claims.REFUTED
-    assert verdict(found, "distillation-adds-described") != claims.SUPPORTED
+    assert verdict(found, "erases-six-attacks-described") == criteria.REFUTED
+    assert verdict(found, "no-obvious-loss-described") == criteria.REFUTED
+    assert verdict(found, "distillation-adds-described") != criteria.SUPPORTED
 
 
 def test_the_same_erasure_without_distillation_refutes_the_control(tmp_path: Path) -> None:
     found = made(tmp_path, {"Before": (90, 99), "NAD (beta = 0)": (89, 1), "NAD": (89, 1)})
-    assert verdict(found, "distillation-adds-described") == claims.REFUTED
+    assert verdict(found, "distillation-adds-described") == criteria.REFUTED
 
 
 def test_five_attacks_do_not_support_a_claim_about_six(tmp_path: Path) -> None:
-    assert verdict(made(tmp_path, GOOD, attacks=ATTACKS[:5]), "erases-six-attacks-described") == claims.UNDECIDED
+    assert verdict(made(tmp_path, GOOD, attacks=ATTACKS[:5]), "erases-six-attacks-described") == criteria.UNDECIDED
 
 
 def test_an_attack_that_did_not_take_is_not_erased(tmp_path: Path) -> None:
     found = made(tmp_path, {"Before": (90, 20), "NAD": (89, 2)})
-    assert verdict(found, "erases-six-attacks-described") == claims.UNDECIDED
+    assert verdict(found, "erases-six-attacks-described") == criteria.UNDECIDED
 
 
 def test_five_pairs_cannot_support_the_control(tmp_path: Path) -> None:
     found = made(tmp_path, GOOD, seeds=1, attacks=ATTACKS[:5])
-    assert verdict(found, "distillation-adds-described") == claims.UNDECIDED
+    assert verdict(found, "distillation-adds-described") == criteria.UNDECIDED
 
 
 def test_smoke_scale_gives_no_verdict_and_shortened_protocol_says_so(good: Results) -> None:
     assert verdict(good, "erases-six-attacks-described", "quick") == claims.NO_VERDICT
-    assert verdict(good, "erases-six-attacks-released", "quick") == claims.NOT_RUN
+    assert verdict(good, "erases-six-attacks-released", "quick") == criteria.NOT_RUN
     assert {claim.scale for claim in claims.claims(good, PROFILES["cpu"])} == {"shortened protocol"}
 
 
@@ -84,7 +85,7 @@ def test_smoke_scale_gives_no_verdict_and_shortened_protocol_says_so(good: Resul
     (["not run", "not run"], "not run"),
 ])
 def test_combine(outcomes: list[str], expected: str) -> None:
-    assert claims.combine([claims.Check("", outcome, "") for outcome in outcomes]) == expected
+    assert criteria.combine([criteria.Check("", outcome, "") for outcome in outcomes]) == expected
 
 
 def test_json_has_no_nan_and_names_the_runs(tmp_path: Path) -> None:

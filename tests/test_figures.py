@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from figures import nad
-from figures.nad import AMPLIFIED, Shown, _scaled
+from figures.comparison import AMPLIFIED, Shown, _scaled
 from figures.style import WIDTH, Figure, done, errors
 from reproduce.results import Results
 from reproduce.store import Store

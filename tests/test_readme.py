@@ -29,7 +29,7 @@ def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess[s
     if words[0] == "python":
         words[0] = sys.executable
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "CI": "true"}
-    return subprocess.run([*words, *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run([*words, *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 def test_no_command_is_forgotten() -> None:
@@ -43,6 +43,14 @@ def test_driver_commands_are_understood(command: str) -> None:
     done = run(command, ROOT, "--no-install", *more)
     assert done.returncode == 0, done.stderr
     assert ("--profile" if "--help" in command else "runs, seeds") in done.stdout
+
+
+def test_the_first_command_on_a_few_runs_of_every_paper(tmp_path: Path) -> None:
+    done = run("./run_all.sh", ROOT, "--no-install", "--profile", "quick", "--seeds", "1", "--item", "variants",
+               "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"{paper}: variant" in page for paper in ("NAD", "ARGD", "MCLDef"))
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ import pytest
 from scipy import stats
 
 from reproduce.statistics import (
+    Ranking,
     hierarchical_bootstrap,
     holm,
     mcnemar,
     paired_difference,
     paired_t,
     prediction_interval,
+    ranking,
     sample_sd,
     t_interval,
     wilcoxon,
@@ -118,3 +120,25 @@ def test_bootstrap_of_one_group_resamples_its_values() -> None:
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
     assert math.isnan(hierarchical_bootstrap([[3.0]]).low)
     assert math.isnan(hierarchical_bootstrap([]).mean)
+
+
+def test_ranking_agrees_with_friedmans_and_finds_cliques() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (12, 4)) + np.array([0.0, 0.1, 6.0, 12.0])
+    found = ranking(values)
+    assert found.blocks == 12 and found.p == pytest.approx(stats.friedmanchisquare(*values.T).pvalue)
+    assert found.ranks[2:] == (3.0, 4.0) and sum(found.ranks) == 10
+    # Twelve pairs of one sign: p = 2 / 4096, times the number of pairs still in the running.
+    assert found.pairs[2, 3] == pytest.approx(6 * 2 / 4096, rel=0.7) and found.pairs[0, 1] > 0.05
+    assert [set(clique) for clique in found.cliques()] == [{0, 1}]
+
+
+def test_ranking_of_equal_values_has_no_p_and_one_clique() -> None:
+    found = ranking(np.ones((3, 3)))
+    assert np.isnan(found.p) and found.ranks == (2.0, 2.0, 2.0)
+    assert found.cliques() == [(0, 1, 2)]
+
+
+def test_cliques_may_overlap() -> None:
+    found = Ranking(6, 0.01, (1.0, 2.0, 3.0), {(0, 1): 0.5, (1, 2): 0.5, (0, 2): 0.01})
+    assert found.cliques() == [(0, 1), (1, 2)]

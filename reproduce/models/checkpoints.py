@@ -25,7 +25,7 @@ def load_checkpoint(path: Path, model: str, num_classes: int) -> nn.Module:
     Files are read with `weights_only=True`: one that would execute code is refused.
     """
     network = build(model, num_classes, seed=0)
-    weights = {name.removeprefix("module."): value for name, value in _weights(path).items()}
+    weights = {_our_name(name, network): value for name, value in _weights(path).items()}
     expected = network.state_dict()
     # Checkpoints from before torch 0.4.1 lack this counter; nothing depends on it.
     for name in expected:
@@ -42,6 +42,14 @@ def load_checkpoint(path: Path, model: str, num_classes: int) -> nn.Module:
                         f"expected {tuple(expected[name].shape)}; choose the right --model or --dataset")
     network.load_state_dict(weights)
     return network.eval()
+
+
+def _our_name(name: str, network: nn.Module) -> str:
+    """A parameter's name here, for its name in somebody's checkpoint."""
+    name = name.removeprefix("module.")
+    for theirs, ours in getattr(network, "aliases", ()):
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

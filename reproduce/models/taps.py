@@ -5,16 +5,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from reproduce.errors import UserError
+
 
 def features(model: nn.Module, images: Tensor, layers: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
     """Logits (N, K) and the output of each named layer, in the order of `layers`. Gradients flow through both.
 
-    Raises KeyError for a layer the model does not have.
+    Raises UserError for a layer the model does not have.
     """
     modules = dict(model.named_modules())
     missing = [name for name in layers if name not in modules]
     if missing:
-        raise KeyError(f"{type(model).__name__} has no layer {', '.join(missing)}")
+        known = ", ".join(getattr(model, "taps", modules))
+        raise UserError(f"{type(model).__name__} has no layer {', '.join(missing)}: choose from {known}")
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -29,3 +32,20 @@ def features(model: nn.Module, images: Tensor, layers: Sequence[str]) -> tuple[T
         for handle in handles:
             handle.remove()
     return logits, [seen[name] for name in layers]
+
+
+def penultimate(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and what enters the last linear layer, (N, D). Gradients flow through both.
+
+    In a WideResNet that is the final BN-ReLU, averaged over the image. Raises KeyError for a model without one.
+    """
+    classifiers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not classifiers:
+        raise KeyError(f"{type(model).__name__} has no linear layer")
+    seen: list[Tensor] = []
+    handle = classifiers[-1].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        logits = model(images)
+    finally:
+        handle.remove()
+    return logits, seen[0]

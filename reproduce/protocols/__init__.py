@@ -12,6 +12,9 @@ from reproduce.training import Recipe
 
 PAPERS = {
     "nad": "NAD (ICLR 2021)",
+    "argd": "ARGD (IJCAI 2022)",
+    "mcldef": "MCLDef (ACM MM 2023)",
+    "cross": "All defenses on all attacks",
 }
 
 
@@ -35,6 +38,7 @@ class Profile:
 
     victim_epochs, defense_epochs: caps on a recipe's epochs, None for the protocol's own; a capped recipe keeps the
     shape of its learning-rate schedule.
+    smoke: take the values that configurations name for it (metadata "smoke" of a field) where they are smaller.
     """
 
     name: str
@@ -47,16 +51,31 @@ class Profile:
     defense_epochs: int | None = None
     precision: str = "fp32"
     graph: bool = False
+    smoke: bool = False
 
     def victim(self, recipe: Recipe) -> Recipe:
         """A victim's recipe at this scale."""
         return self._recipe(recipe, self.victim_epochs)
 
+    def attack(self, settings: Any) -> Any:
+        """An attack's settings at this scale."""
+        return self._scaled(settings, self.victim_epochs)
+
     def defense(self, config: Any) -> Any:
-        """A defense's configuration with every recipe in it at this scale."""
-        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        return dataclasses.replace(config, **{name: self._recipe(value, self.defense_epochs)
-                                              for name, value in values.items() if isinstance(value, Recipe)})
+        """A defense's configuration, with every recipe in it, at this scale."""
+        return self._scaled(config, self.defense_epochs)
+
+    def _scaled(self, config: Any, epochs: int | None) -> Any:
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if isinstance(value, Recipe):
+                changes[field.name] = self._recipe(value, epochs)
+            elif dataclasses.is_dataclass(value):
+                changes[field.name] = self._scaled(value, epochs)
+            elif self.smoke and "smoke" in field.metadata:
+                changes[field.name] = min(value, field.metadata["smoke"])
+        return dataclasses.replace(config, **changes)
 
     def _recipe(self, recipe: Recipe, epochs: int | None) -> Recipe:
         return dataclasses.replace(shorten(recipe, epochs), precision=self.precision, graph=self.graph)
@@ -76,7 +95,7 @@ PROFILES = {
     profile.name: profile for profile in (
         Profile("quick", "smoke scale: scikit-learn's digits, shortened victims; shows that everything runs, "
                          "says nothing about the papers", "digits", "wrn-10-1", (0, 1), clean_fraction=0.10,
-                victim_epochs=6, defense_epochs=8),
+                victim_epochs=6, defense_epochs=8, smoke=True),
         Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, two seeds: a night on a laptop", "cifar10", "wrn-16-1",
                 (0, 1), victim_epochs=12),
         Profile("paper", "the exact protocol", "cifar10", "wrn-16-1", (0, 1, 2, 3, 4, 5)),

@@ -37,5 +37,5 @@ def context(labelled: tuple[Tensor, Tensor], clean_model: nn.Module) -> Context:
     """Everything any attack may ask for. Test photographs are bright, training photographs dark."""
     rng = torch.Generator().manual_seed(4)
     dark = torch.randint(20, 120, (4, 3, 40, 50), generator=rng, dtype=torch.uint8)
-    pictures = {"train": dark, "test": dark[:2] + 130}
+    pictures = {"train": dark, "test": dark[:3] + 130}
     return Context(*labelled, CLASSES, 7, clean_model, pictures, lambda name: stand_in_array())

@@ -163,7 +163,7 @@ def reflections(context: Context) -> tuple[refool.Config, dict[str, Tensor]]:
 
 def test_refool_train_and_test_reflections_are_disjoint(reflections: tuple[refool.Config, dict[str, Tensor]]) -> None:
     _config, state = reflections
-    assert state["train"].shape == (4, 3, 3, 32, 32) and state["test"].shape == (2, 3, 3, 32, 32)
+    assert state["train"].shape == (4, 3, 3, 32, 32) and state["test"].shape == (3, 3, 3, 32, 32)
     # The context's training photographs are dark, its test photographs bright.
     assert state["train"].float().mean((2, 3, 4)).max() < state["test"].float().mean((2, 3, 4)).min()
 
@@ -191,7 +191,7 @@ def test_refool_in_focus_and_ghost_are_mixed_in_linear_light(
     config, state = reflections
     images = random_images(60)
     result = refool.apply(images, config, state, 0, "test")
-    photographs, kinds, alphas, _attenuations = refool.draw(60, 2, config, 0, "test")
+    photographs, kinds, alphas, _attenuations = refool.draw(60, 3, config, 0, "test")
     for i in (kinds != refool.OUT_OF_FOCUS).nonzero().flatten().tolist():
         light = (images[i].double() / 255) ** 2.2
         reflected = (state["test"][photographs[i], kinds[i]].double() / 255) ** 2.2

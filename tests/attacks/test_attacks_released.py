@@ -1,22 +1,26 @@
-"""NAD's released triggers, byte for byte.
+"""NAD's and ARGD's released triggers, byte for byte; ARGD's reflection to a few grey levels.
 
 The expected hashes are SHA-256 of what the official per-image code (bboylyg/NAD@f17b713 data_loader.py) returns for the
 64 images of `random_images()`, stacked as uint8 (64, 32, 32, 3); numpy's global generator seeded with 7 before Blend.
-The same code and ours were also compared on the first 5,000 CIFAR-10 training images: equal.
+The same code and ours were also compared on the first 5,000 CIFAR-10 training images: equal. ARGD's code
+(BililiCode/ARGD@6354666 data_loader.py, there :458, :465 and :474) gives NAD's hashes for Blend, SIG and Trojan.
 """
 
 import dataclasses
 import hashlib
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from attacks import badnets, blend, sig, trojan
+from attacks import badnets, blend, cl, refool, sig, trojan
+from reproduce import data
 from reproduce.data.auxiliary import released_array
-from reproduce.poisoning import Context
+from reproduce.poisoning import Context, attack_module
+from reproduce.runner import prepare
 from tests.attacks.stand_ins import random_images, stand_in_array
 
 GRID = "9e4eb9c16e987c337b587637b3922839c19f47d8d661e803a23c145590594d91"  # data_loader.py:307, _gridTriger
@@ -24,6 +28,24 @@ SQUARE = "640410dc07d938f5bd447b0e0103c9ab8887117d795aba8626f87115aac96ab2"  # d
 BLEND = "6e57b34a867cd8c6f95faabc7372ff4a459796d1151760f02a26d2725719edc4"  # data_loader.py:392
 SIG = "4484fbf0925819c330bad8ffe9a6f6dc07140d70df6129141161127b75328ca1"  # data_loader.py:401
 TROJAN = "545b858f141018d0421bc9e6f9c1a586b976ea3cc22c8b41f56df0d5c56e9dc3"  # data_loader.py:410
+
+CENTRE = "98831c108358e1f8b7b214c3a67326f92fc2c8a779bec635f6887cec8e4a9050"  # ARGD data_loader.py:373, _gridTriger
+
+# ARGD data_loader.py:506, blend_images of ripples(4, 0.11) and ripples(1, 0.23) at alpha_t 0.6 with cv2 5.0: image 1,
+# green, rows 4, 12, 20, 28, columns 2, 6, ..., 30. Blur: sigma 2.3, att 1.13; ghost: offset (4, 6), ghost_alpha 0.3.
+REFLECTED = {
+    "blur": [[13, 53, 136, 198, 182, 114, 53, 17], [53, 137, 207, 182, 114, 96, 6, 43],
+             [136, 199, 182, 114, 107, 6, 43, 123], [192, 182, 114, 67, 6, 43, 124, 187]],
+    "ghost": [[118, 106, 145, 216, 216, 144, 80, 98], [105, 145, 219, 214, 144, 77, 104, 137],
+              [145, 221, 212, 144, 75, 111, 135, 150], [223, 210, 144, 72, 116, 132, 150, 196]],
+}
+
+
+def ripples(count: int, pace: float) -> Tensor:
+    """Smooth images every version of torch agrees on, uint8 (count, 3, 32, 32)."""
+    row, column = torch.arange(32.0).view(-1, 1), torch.arange(32.0)
+    phase = torch.arange(3.0 * count).view(count, 3, 1, 1)
+    return (128 + 120 * torch.sin(pace * (row + 2 * column) + phase)).to(torch.uint8)
 
 
 def digest(images: Tensor) -> str:
@@ -44,6 +66,11 @@ def released_trojan(images: Tensor, array: np.ndarray) -> Tensor:
 
 def test_grid(images: Tensor) -> None:
     assert digest(badnets.apply(images, badnets.SETTINGS["nad", "released"], {}, 0, "test")) == GRID
+
+
+@pytest.mark.parametrize("module", [badnets, cl])
+def test_grid_in_the_centre(images: Tensor, module: ModuleType) -> None:
+    assert digest(module.apply(images, module.SETTINGS["argd", "released"], {}, 0, "test")) == CENTRE
 
 
 def test_square_one_pixel_from_the_border(images: Tensor) -> None:
@@ -110,6 +137,55 @@ def test_fresh_noise_differs_between_images_and_splits() -> None:
     assert not torch.equal(train[0], train[1]) and not torch.equal(train, test)
     assert torch.equal(train[:, 0], train[:, 2])  # grey
     assert not torch.equal(train, blend.apply(grey, config, {}, 1, "train"))
+
+
+@pytest.mark.parametrize("name", ["blend", "sig", "trojan"])
+def test_argd_shares_the_triggers_of_nad(name: str) -> None:
+    settings = attack_module(name).SETTINGS
+    assert settings["argd", "released"] == dataclasses.replace(settings["nad", "released"], target=0, rate=0.2)
+
+
+def test_argds_clean_label_attack_marks_images_as_they_are(context: Context) -> None:
+    config = cl.SETTINGS["argd", "released"]
+    assert not cl.requires(config) and cl.requires(cl.Config()) == {"clean-model"}
+    state = cl.prepare(config, dataclasses.replace(context, clean_model=None))
+    poisoned = cl.poison(context.images, context.labels, config, state, context.seed, 10)
+    assert torch.equal(poisoned.labels, context.labels)
+    assert (context.labels[poisoned.mask] == 0).all() and int(poisoned.mask.sum()) == 8  # 20 % of 40
+    assert torch.equal(poisoned.images, torch.where(poisoned.mask.view(-1, 1, 1, 1),
+                                                    cl.apply(context.images, config, {}, 0, "train"), context.images))
+
+
+@pytest.mark.parametrize("kind", ["blur", "ghost"])
+def test_argds_reflections(kind: str) -> None:
+    light = (ripples(1, 0.23).float() / 255).pow(2.2)
+    versions = torch.cat([light, refool.blurred(light, 2.3), refool.doubled(light, 4, 6, 0.3)])
+    state = {"test": (versions.clamp(0, 1).pow(1 / 2.2) * 255).round().to(torch.uint8)[None]}
+    config = dataclasses.replace(refool.SETTINGS["argd", "released"], ghost=float(kind == "ghost"),
+                                 transmitted=(0.6, 0.6), attenuation=(1.13, 1.13))
+    result = refool.apply(ripples(4, 0.11), config, state, 0, "test")[1, 1, 4::8, 2::4].int()
+    difference = (result - torch.tensor(REFLECTED[kind])).abs().float()
+    # Ours is rounded before it is blended, and a ghost is stretched in another way.
+    assert difference.max() <= 4 and difference.mean() < 1
+    assert (ripples(4, 0.11)[1, 1, 4::8, 2::4].int() - torch.tensor(REFLECTED[kind])).abs().float().mean() > 20
+
+
+def test_argds_reflection_is_an_image_of_the_set_at_hand() -> None:
+    dataset = data.load("digits", Path())
+    config = dataclasses.replace(refool.SETTINGS["argd", "released"], versions=5)
+    state = prepare("refool", config, dataset, 0, Path(), None)
+    for split, images in (("train", dataset.train_images), ("test", dataset.test_images)):
+        assert state[split].shape == (5, 3, *images.shape[1:])
+        in_focus, out_of_focus = state[split][:, refool.IN_FOCUS], state[split][:, refool.OUT_OF_FOCUS]
+        assert (in_focus.int() - images[2].int()).abs().max() <= 1
+        assert len({version.numpy().tobytes() for version in out_of_focus}) == 5
+
+
+def test_argd_has_ghosts_as_often_as_its_code() -> None:
+    _photographs, kinds, _alphas, _attenuations = refool.draw(
+        20000, 256, refool.SETTINGS["argd", "released"], 0, "train")
+    assert set(kinds.tolist()) == {refool.GHOST, refool.OUT_OF_FOCUS}
+    assert float((kinds == refool.GHOST).float().mean()) == pytest.approx(39 / 101, abs=0.01)
 
 
 def test_settings_that_do_not_differ_share_a_victim() -> None:

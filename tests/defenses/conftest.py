@@ -11,7 +11,15 @@ from torch import nn
 from reproduce.data.augment import Augment
 from reproduce.defending import Clean
 from reproduce.models import build
-from reproduce.training import Recipe, train
+from reproduce.training import Recipe, predict, train
+
+# What makes a setting expensive without changing what is tested, beside the epochs of recipes.
+QUICK = {
+    "iterations": 40,
+    "rounds": 1,
+    "steps": 2,
+    "batches": 2,
+}
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +46,35 @@ def victim(digits: Clean) -> nn.Module:
     return model.train()
 
 
+def corner(images: torch.Tensor) -> torch.Tensor:
+    """A copy with a white 3 x 3 square in the lower right corner, where digits are black."""
+    stamped = images.clone()
+    stamped[:, :, -3:, -3:] = 255
+    return stamped
+
+
+@pytest.fixture(scope="session")
+def backdoored(digits: Clean) -> tuple[nn.Module, Clean, int]:
+    """A model to which `corner` means 7, the defender's digits, and 7."""
+    images, labels = digits.images[:200], digits.labels[:200]
+    poisoned = Clean(torch.cat([images, corner(images[:60])]), torch.cat([labels, torch.full((60,), 7)]), 10)
+    model = build("wrn-10-1", 10, seed=0)
+    train(model, poisoned.images, poisoned.labels, Recipe(epochs=12, rates=((0, 0.05),)), seed=0, phase="victim")
+    return model, Clean(digits.images[200:], digits.labels[200:], 10), 7
+
+
+@pytest.fixture(scope="session")
+def backdoor_success(backdoored: tuple[nn.Module, Clean, int]) -> Any:
+    """Function giving the share of the defender's other digits that `corner` turns into 7."""
+    _, clean, target = backdoored
+    stamped = corner(clean.images[clean.labels != target])
+    return lambda model: (predict(model, stamped) == target).float().mean().item()
+
+
 @pytest.fixture(scope="session")
 def shorten() -> Any:
-    """Function giving a config all of whose recipes, nested ones too, take `epochs` epochs of batches of 32."""
+    """Function giving a config all of whose recipes, nested ones too, take `epochs` epochs of batches of 32, and with
+    the values of QUICK."""
     def shortened(config: Any, epochs: int = 1) -> Any:
         changes = {}
         for field in fields(config):
@@ -49,6 +83,8 @@ def shorten() -> Any:
                 changes[field.name] = replace(value, epochs=epochs, batch=32)
             elif is_dataclass(value):
                 changes[field.name] = shortened(value, epochs)
+            elif field.name in QUICK:
+                changes[field.name] = QUICK[field.name]
         return replace(config, **changes)
     return shortened
 

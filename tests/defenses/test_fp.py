@@ -7,6 +7,7 @@ import torch
 
 from defenses import fp
 from reproduce.data.augment import to_input
+from reproduce.models import build
 from reproduce.models.taps import features
 
 
@@ -69,3 +70,14 @@ def test_pruned_channels_are_put_back_to_zero_after_every_step(victim, clean, sh
     result = fp.defend(victim, clean, shorten(replace(fp.Config(), tolerance=10.0), epochs=2), 5, observe=revive)
     assert (result.model.bn1.bias[result.info["pruned"]] == 0).all()
     assert (result.model.bn1.bias > 0.5).sum() == 64 - len(result.info["pruned"])
+
+
+def test_channels_of_a_resnet_are_cut_off_at_the_classifier(clean):
+    model = build("resnet-18", 10, seed=0).eval()
+    images, channels = clean.images[:8], torch.tensor([3, 500])
+    active = fp.activations(model, images)
+    assert active.shape == (8, 512) and (active[:, channels] > 0).any()
+    active[:, channels] = 0
+    fp.prune(model, channels)
+    with torch.no_grad():
+        torch.testing.assert_close(model(to_input(images)), model.linear(active), atol=1e-4, rtol=1e-4)

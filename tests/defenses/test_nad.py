@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from defenses import nad
+from reproduce.data.augment import to_input
 from reproduce.errors import UserError
 from reproduce.models import build
 from reproduce.training import silent
@@ -42,7 +43,7 @@ def test_attention_loss_is_the_official_one(index, p):
 
 
 def test_attention_map_is_the_official_one():
-    unit = nad._unit(nad.attention_map(wave(SHAPES[0], 0.7)))
+    unit = nad.unit(nad.attention_map(wave(SHAPES[0], 0.7)))
     torch.testing.assert_close(unit.view(4, 8, 8)[1, 2, :4], torch.tensor(OFFICIAL_MAP), atol=1e-6, rtol=0)
 
 
@@ -58,7 +59,7 @@ def test_attention_loss_follows_its_definition(attention, norm):
 def test_sum_and_mean_are_the_same_map_once_scaled():
     # Features of a realistic size: the mean is C times nearer to the epsilon in the norm.
     feature = 10 * wave(SHAPES[2], 0.7)
-    sums, means = (nad._unit(nad.attention_map(feature, kind)) for kind in ("sum-p", "mean-p"))
+    sums, means = (nad.unit(nad.attention_map(feature, kind)) for kind in ("sum-p", "mean-p"))
     torch.testing.assert_close(sums, means, atol=1e-6, rtol=0)
 
 
@@ -78,7 +79,7 @@ def test_gradient_is_the_derivative_and_finite_where_student_equals_teacher(norm
 def test_maps_of_other_sizes_and_widths_are_pooled():
     a, b = wave((2, 16, 4, 4), 0.7), wave((2, 8, 8, 8), 1.3)
     pooled = nad.attention_map(b).view(2, 4, 2, 4, 2).mean((2, 4))
-    expected = (nad._unit(nad.attention_map(a)) - nad._unit(pooled)).square().mean()
+    expected = (nad.unit(nad.attention_map(a)) - nad.unit(pooled)).square().mean()
     assert nad.attention_loss(a, b).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -158,3 +159,14 @@ def test_contradictory_settings_are_refused(changes):
 def test_a_missing_clean_model_is_named(victim, clean, shorten):
     with pytest.raises(UserError, match="clean model"):
         nad.defend(victim, clean, replace(shorten(nad.Config()), teacher="clean"), 7)
+
+
+def test_a_resnet_needs_layers_of_its_own(clean):
+    student, teacher = (build("resnet-18", 10, seed=seed) for seed in (0, 1))
+    images, labels = to_input(clean.images[:8]), clean.labels[:8]
+    loss = nad.distillation(teacher.eval(), nad.Config(layers=student.taps, betas=(500.0,) * 4))
+    terms = loss(student, images, labels).terms
+    assert [name for name in terms if name != "ce"] == [f"attention.layer{i}" for i in (1, 2, 3, 4)]
+    assert all(value > 0 for value in terms.values())
+    with pytest.raises(UserError, match="no layer block1, block2, block3: choose from layer1, layer2, layer3, layer4"):
+        nad.distillation(teacher, nad.Config())(student, images, labels)

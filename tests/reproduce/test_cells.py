@@ -1,12 +1,12 @@
 """Identities, dependencies and protocols."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from attacks import badnets, cl
+from attacks import badnets, cl, refool
 from defenses import ft
-from reproduce.cells import Cell, Published, Victim, with_dependencies
+from reproduce.cells import Cell, Published, Victim, plain, with_dependencies
 from reproduce.errors import UserError
 from reproduce.protocols import PROFILES, entries, shorten
 from reproduce.training import Recipe
@@ -37,6 +37,23 @@ def test_names_are_stable_across_versions() -> None:
     # A changed name orphans every run people have: change it on purpose only.
     assert VICTIM.name == "victim-badnets-s0-f86cb3aa251a"
     assert CELL.name == "ft-badnets-s0-1f5ec1c8c9c7"
+
+
+def test_a_later_field_counts_only_where_it_is_not_at_its_default() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        old: int = 1
+        new: tuple[int, ...] = field(default=(2,), metadata={"since": "a later paper"})
+
+    assert plain(Settings()) == plain(Settings(new=(2,))) == {"old": 1}
+    assert plain(Settings(new=(3,))) == {"old": 1, "new": [3]}
+
+
+@pytest.mark.parametrize(("attack", "settings", "name"), [
+    ("cl", cl.Config(), "victim-cl-s0-88704cd0e637"), ("refool", refool.Config(), "victim-refool-s0-dde20acbd0f9"),
+])
+def test_names_from_before_a_later_field_are_kept(attack: str, settings: object, name: str) -> None:
+    assert replace(VICTIM, attack=attack, settings=settings).name == name
 
 
 def test_dependencies_come_first_and_once() -> None:

@@ -1,4 +1,4 @@
-"""WideResNet against the authors' network, taps, and loading of other people's checkpoints."""
+"""WideResNet and ResNet-18 against the authors' networks, taps, and loading of other people's checkpoints."""
 
 import pickle
 from pathlib import Path
@@ -9,18 +9,18 @@ import torch
 from safetensors.torch import save_file
 
 from reproduce.errors import UserError
-from reproduce.models import build, normalise_inputs, parameter_count
+from reproduce.models import build, normalise_inputs, parameter_count, source
 from reproduce.models.checkpoints import load_checkpoint
-from reproduce.models.taps import features
+from reproduce.models.taps import features, penultimate
 
 
-def fill(state: dict[str, torch.Tensor]) -> None:
+def fill(state: dict[str, torch.Tensor], amplitude: float = 0.05) -> None:
     """Weights by formula, so that two implementations can be given the same ones."""
     for k, (name, value) in enumerate(state.items()):
         if value.is_floating_point():
             wave = torch.sin(torch.arange(value.numel(), dtype=torch.float64) * 0.7 + k)
             scale = name.endswith("running_var") or ("bn" in name and name.endswith("weight"))
-            value.copy_((1 + 0.5 * wave if scale else 0.05 * wave).view(value.shape).float())
+            value.copy_((1 + 0.5 * wave if scale else amplitude * wave).view(value.shape).float())
 
 
 # Mean squares of the three group outputs and the first logits of models/wresnet.py in bboylyg/NAD@f17b713 on these
@@ -44,7 +44,43 @@ def test_forward_is_the_official_one(name: str) -> None:
     assert out[0, :4].tolist() == pytest.approx(logits, rel=1e-4)
 
 
+def test_resnet_forward_is_the_official_one() -> None:
+    """Numbers of models/resnet.py in Zhihao151/MCL@1ce3f44 on these weights and images; classifier_models/resnet.py in
+    VinAIResearch/input-aware-backdoor-attack-release@1750e4f gives the same."""
+    model = build("resnet-18", 10, seed=0).eval()
+    fill(model.state_dict(), 0.01)
+    images = (torch.sin(torch.arange(2 * 3 * 32 * 32, dtype=torch.float64) * 0.37) * 0.5 + 0.5).view(2, 3, 32, 32)
+    with torch.no_grad():
+        out, maps = features(model, images.float(), model.taps)
+    assert parameter_count(model) == 11_173_962
+    squares = [0.000438394, 0.000357539, 0.000682823, 0.001430137]
+    assert [m.double().square().mean().item() for m in maps] == pytest.approx(squares, rel=1e-4)
+    assert out[0, 1:4].tolist() == pytest.approx([0.011492983, 0.019322537, 0.025376718], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "resnet-18"])
+def test_the_named_parts_make_the_logits(name: str) -> None:
+    model = build(name, 10, seed=0).eval()
+    with torch.no_grad():
+        logits, (output,) = features(model, torch.rand(2, 3, 32, 32), (model.penultimate,))
+        pooled = output.relu().mean((2, 3))
+        assert torch.allclose(model.get_submodule(model.classifier)(pooled), logits, atol=1e-5)
+    assert set(model.taps) <= {layer for layer, _ in model.named_modules()}
+    assert source(name).name == ("resnet.py" if name == "resnet-18" else "wide_resnet.py")
+
+
+def test_a_resnet_in_torchvisions_spelling_loads(tmp_path: Path) -> None:
+    state = build("resnet-18", 10, seed=5).state_dict()
+    names = {name: name.replace("shortcut.", "downsample.").replace("linear.", "fc.") for name in state}
+    assert "layer2.0.downsample.1.weight" in names.values() and "fc.bias" in names.values()
+    torch.save({"state_dict": {f"module.{names[name]}": value for name, value in state.items()}}, tmp_path / "m.pth")
+    loaded = load_checkpoint(tmp_path / "m.pth", "resnet-18", 10).state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
 def test_names_are_those_of_the_public_line() -> None:
+    assert {"conv1.weight", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight", "layer2.0.shortcut.1.weight",
+            "linear.bias"} <= build("resnet-18", 10, 0).state_dict().keys()
     names = build("wrn-16-1", 10, 0).state_dict().keys()
     assert {"conv1.weight", "block1.layer.0.bn1.weight", "block2.layer.0.convShortcut.weight", "bn1.running_mean",
             "fc.bias"} <= names
@@ -67,8 +103,23 @@ def test_taps_leave_the_model_alone_and_name_a_missing_layer() -> None:
     assert torch.equal(logits, model(images))
     assert [tuple(m.shape[1:]) for m in maps] == [(64, 8, 8), (16, 32, 32)]
     assert not any(module._forward_hooks for module in model.modules())
-    with pytest.raises(KeyError, match="block9"):
+    with pytest.raises(UserError, match="no layer block9: choose from block1, block2, block3"):
         features(model, images, ("block9",))
+
+
+def test_penultimate_is_what_the_classifier_sees() -> None:
+    model = build("wrn-10-1", 10, 0).eval()
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    logits, feature = penultimate(model, images)
+    block3 = features(model, images, ("block3",))[1][0]
+    assert torch.equal(logits, model(images)) and feature.shape == (2, 64)
+    torch.testing.assert_close(feature, torch.relu(model.bn1(block3)).mean((2, 3)))
+    torch.testing.assert_close(logits, model.fc(feature))
+    gradient, = torch.autograd.grad(feature.square().sum(), images)
+    assert gradient.abs().sum() > 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(KeyError, match="no linear layer"):
+        penultimate(torch.nn.Sequential(torch.nn.Flatten()), images)
 
 
 def test_normalised_inputs_keep_the_names_of_the_weights() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 
 from attacks import badnets
 from reproduce import data
@@ -121,3 +122,18 @@ def test_the_authors_checkpoint_gives_the_published_numbers(data_root: Path) -> 
                             "--attack", "badnets", "--target", "5", "--data-root", str(data_root), "--json")[1])
     # README.md and results/results.csv of bboylyg/NAD@f17b713, before erasing.
     assert found["acc_nontarget"] == pytest.approx(85.6556, abs=0.01) and found["asr"] == 100
+
+
+def test_a_trigger_made_with_the_victim_must_be_named(checkpoint: Path, tmp_path: Path) -> None:
+    warping = ["--checkpoint", str(checkpoint), *COMMON, "--attack", "wanet", "--paper", "wanet"]
+    code, out = call("evaluate", *warping)
+    assert code == 2 and "attack wanet makes its trigger together with the victim: name the victim's" in out
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    for name in ("bad.safetensors", "missing.safetensors"):
+        code, out = call("evaluate", *warping, "--trigger", str(tmp_path / name))
+        assert code == 2 and "is not a readable .safetensors file" in out
+    axis = torch.linspace(-1, 1, 32)
+    identity = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), 2).contiguous()
+    save_file({"field": identity}, tmp_path / "trigger.safetensors")
+    found = json.loads(call("evaluate", *warping, "--trigger", str(tmp_path / "trigger.safetensors"), "--json")[1])
+    assert found["asr"] < 20 and found["ra"] > 80  # a warping that moves nothing

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from attacks import badnets
-from defenses import ft
+from defenses import ft, mcldef
 from reproduce.cells import Cell, Victim
 from reproduce.engine import Workers, execute
+from reproduce.runner import Runner
 from reproduce.store import Store
 from reproduce.training import Recipe
 
@@ -125,6 +127,17 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.status(bad.name) == "failed" and "RuntimeError" in store.failure(bad.name)
     assert len(lines) == 4
+
+
+def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, rates=((0, 0.1),))
+    victim = Victim("digits", "wrn-10-1", recipe, 0, "badnets", badnets.Config())
+    runner = Runner(Store(tmp_path), tmp_path, torch.device("cpu"))
+    inverting = mcldef.Config(target=0, pixel=mcldef.Pixel(steps=1), recipe=recipe)
+    shown = runner.run(Cell(victim, "mcldef", inverting, 0.05))
+    assert runner.store.find(shown.name).tensors("defense")["trigger"].shape[0] == 3
+    assert shown.json("metrics")["info"]["target"] == 0
+    assert not (runner.run(Cell(victim, "ft", ft.Config(recipe), 0.05)).path / "defense.safetensors").exists()
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

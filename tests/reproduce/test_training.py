@@ -11,7 +11,7 @@ from reproduce.data.augment import Augment, to_input
 from reproduce.models import build
 from reproduce.rng import generator
 from reproduce.store import Progress
-from reproduce.training import Recipe, predict, train
+from reproduce.training import Continued, Loss, Recipe, cross_entropy, predict, sgd, train
 
 RECIPE = Recipe(epochs=4, rates=((0, 0.1), (2, 0.01)), batch=32, augment=Augment(crop=4, flip=True, cutout=2))
 
@@ -90,6 +90,79 @@ def test_a_damaged_checkpoint_is_ignored(batch: tuple, tmp_path, monkeypatch) ->
     assert Progress(tmp_path / "p").load() is None
 
 
+def test_extra_draws_leave_every_other_stream_alone(batch: tuple) -> None:
+    drawn: list[torch.Tensor] = []
+
+    def loss(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, extra: torch.Tensor) -> Loss:
+        drawn.append(extra)
+        return cross_entropy(model, images, labels)
+
+    plain, other = build("wrn-10-1", 10, 0), build("wrn-10-1", 10, 0)
+    recipe = replace(RECIPE, epochs=2)
+    train(plain, *batch, recipe, 0, phase="v")
+    train(other, *batch, recipe, 0, phase="v", loss=loss,
+          extra=lambda count, rng: torch.rand(count, 5, generator=rng))
+    assert torch.equal(weights(plain), weights(other))
+    assert [tuple(d.shape) for d in drawn] == [(32, 5), (32, 5), (16, 5)] * 2
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[3])
+
+
+def two_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    last = list(model.fc.parameters())
+    others = [p for p in model.parameters() if all(p is not q for q in last)]
+    return [sgd(others, recipe), torch.optim.Adam(last, 0.02)]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_training_with_adam_resumes_bit_for_bit(batch: tuple, tmp_path, monkeypatch, stop_after) -> None:
+    monkeypatch.setattr(Progress, "interval", 0.0)
+    before = [{"epoch": 1, "loss": 0.5}]
+
+    def trained(seed: int, stop: int | None) -> tuple[torch.nn.Module, list]:
+        def observe(_phase: str, epoch: int, *_rest: object) -> None:
+            if epoch == stop:
+                raise Interrupted
+        model = build("wrn-10-1", 10, seed)
+        checkpoint = Continued(Progress(tmp_path / "p"), before)
+        return model, train(model, *batch, RECIPE, 0, phase="v", optimizers=two_optimizers, observe=observe,
+                            checkpoint=checkpoint)
+
+    undisturbed, whole = trained(0, None)
+    assert not torch.equal(weights(undisturbed), weights(build("wrn-10-1", 10, 0)))
+    (tmp_path / "p").unlink()
+    with pytest.raises(Interrupted):
+        trained(0, stop_after)
+    assert Progress(tmp_path / "p").load()[2][:1] == before
+    resumed, history = trained(7, None)
+    assert torch.equal(weights(resumed), weights(undisturbed)) and history == whole
+
+
+def test_rates_of_further_optimizers_fall_with_the_recipes(batch: tuple) -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+        made.extend(two_optimizers(model, recipe))
+        return made
+
+    seen: list[list[float]] = []
+    train(build("wrn-10-1", 10, 0), *batch, RECIPE, 0, phase="v", optimizers=optimizers,
+          observe=lambda *_: seen.append([o.param_groups[0]["lr"] for o in made]))
+    assert seen == [[0.1, 0.02]] * 2 + [[0.01, pytest.approx(0.002)]] * 2
+
+
+def test_accuracy_is_that_on_the_labels_trained_towards(batch: tuple) -> None:
+    def loss(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Loss:
+        logits = model(images)
+        return Loss(F.cross_entropy(logits, labels), logits, labels=logits.argmax(1))
+
+    def unclassified(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Loss:
+        return Loss(model(images).square().mean(), None)
+
+    recipe = replace(RECIPE, epochs=1)
+    assert train(build("wrn-10-1", 10, 0), *batch, recipe, 0, phase="v", loss=loss)[0]["train_acc"] == 100
+    assert "train_acc" not in train(build("wrn-10-1", 10, 0), *batch, recipe, 0, phase="v", loss=unclassified)[0]
+
+
 def test_history_and_rates(batch: tuple) -> None:
     model = build("wrn-10-1", 10, 0)
     history = train(model, *batch, RECIPE, 0, phase="v")
@@ -125,10 +198,18 @@ def test_predictions_do_not_depend_on_the_batch(batch: tuple) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_step_trains_like_an_eager_one(batch: tuple) -> None:
+@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "extra draws"])
+def test_a_captured_step_trains_like_an_eager_one(batch: tuple, noisy: bool) -> None:
+    def loss(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, extra: torch.Tensor) -> Loss:
+        return cross_entropy(model, images + 0.1 * extra, labels)
+
+    def extra(count: int, rng: torch.Generator) -> torch.Tensor:
+        return torch.rand(count, 3, 32, 32, generator=rng)
+
     losses = {}
     for graph in (False, True):
         model = build("wrn-10-1", 10, 0).cuda()
         recipe = replace(RECIPE, batch=16, graph=graph)
-        losses[graph] = train(model, batch[0].cuda(), batch[1].cuda(), recipe, 0, phase="v")[-1]["loss"]
+        options = {"loss": loss, "extra": extra} if noisy else {}
+        losses[graph] = train(model, batch[0].cuda(), batch[1].cuda(), recipe, 0, phase="v", **options)[-1]["loss"]
     assert losses[True] == pytest.approx(losses[False], rel=1e-2)

@@ -1,0 +1,106 @@
+"""All defenses on all attacks: critical-difference diagrams and the trade-off of ASR and ACC."""
+
+from dataclasses import replace
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from figures.comparison import if_present
+from figures.style import BARS, LABELS, Figure, done, errors, legend, look, panels, seeds
+from reproduce.results import Results
+from reproduce.statistics import Ranking
+from tables.cross import PAPER, equals, main_rows, ranked
+
+RANKED = ("asr", "acc")
+
+
+def figures(results: Results, smoke: bool = False) -> list[Figure]:
+    """Every figure whose runs are at hand."""
+    built = if_present(results, PAPER, "main", lambda: critical_difference(results))
+    built += if_present(results, PAPER, "main", lambda: trade_off(results))
+    return [replace(figure, name=f"{PAPER}-{figure.name}") for figure in built]
+
+
+def critical_difference(results: Results) -> Figure | None:
+    """Mean ranks on a line; a bar joins defenses that do not differ significantly."""
+    found = {measure: one for measure in RANKED if (one := ranked(results, measure)) is not None}
+    if not found:
+        return None
+    data = pd.DataFrame([{"measure": measure, "defense": name, "mean_rank": rank, "pairs": result.blocks,
+                          "friedman_p": result.p, "cliques": "; ".join(
+                              " ".join(names[i] for i in clique) for clique in result.cliques())}
+                         for measure, (names, result, _runs) in found.items()
+                         for name, rank in zip(names, result.ranks, strict=True)])
+    most = max(len(names) for names, _result, _runs in found.values())
+
+    def draw() -> Canvas:
+        with panels(0.9 + 0.17 * most, list(found)) as (figure, axes):
+            for axis, (measure, (names, result, _runs)) in zip(axes, found.items(), strict=True):
+                _diagram(axis, names, result)
+                axis.set_title(f"{LABELS[measure].removesuffix(' (%)')}, {result.blocks} pairs\n"
+                               f"Friedman p {equals(result.p)}")
+        return figure
+
+    return Figure("critical-difference", "Every defense on every attack: critical differences",
+                  "Mean rank over (attack, seed) pairs, 1 is best; defenses joined by a bar do not differ "
+                  "significantly (exact Wilcoxon signed-rank tests, Holm over all pairs, 5 %).", draw, data)
+
+
+def _diagram(axis: Axes, names: list[str], result: Ranking) -> None:
+    """Defenses from best to worst, one line each, with their mean rank; bars to the right of them."""
+    order = sorted(range(len(names)), key=lambda i: result.ranks[i])
+    for line, i in enumerate(order):
+        colour, marker = look(names[i], i)
+        axis.plot(result.ranks[i], line, marker=marker, color=colour)
+    for number, clique in enumerate(result.cliques()):
+        lines = [order.index(i) for i in clique]
+        axis.plot([len(names) + 0.3 + 0.25 * number] * 2, [min(lines) - 0.2, max(lines) + 0.2], color="0.2",
+                  linewidth=2, solid_capstyle="butt")
+    axis.set_yticks(range(len(order)), [names[i] for i in order])
+    axis.set(ylim=(len(order) - 0.5, -0.5), xlabel="mean rank",
+             xlim=(0.7, len(names) + 0.5 + 0.25 * len(result.cliques())))
+    axis.grid(axis="y", visible=False)
+
+
+def trade_off(results: Results) -> Figure | None:
+    """Mean ASR against mean ACC of each defense, a panel per attack."""
+    frame = main_rows(results)
+    data = done(frame, ["attack", "defense"], ("asr", "acc"))
+    if not len(data):
+        return None
+    attacks = list(dict.fromkeys(data.attack))
+
+    def draw() -> Canvas:
+        columns = min(3, len(attacks))
+        lines = -(-len(attacks) // columns)
+        with panels(0.6 + 1.6 * lines, [""]) as (figure, axes):
+            axes[0].remove()
+            grid = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False).ravel()
+            for place, axis in enumerate(grid):
+                if place >= len(attacks):
+                    axis.remove()
+                    continue
+                _points(axis, data[data.attack == attacks[place]])
+                axis.set_title(attacks[place])
+            for axis in grid[:len(attacks)]:
+                if axis.get_subplotspec().is_last_row():
+                    axis.set_xlabel(LABELS["asr"])
+                if axis.get_subplotspec().is_first_col():
+                    axis.set_ylabel(LABELS["acc"])
+            names = list(dict.fromkeys(data.defense))
+            legend(figure, grid[0], len(names))
+        return figure
+
+    return Figure("trade-off", "Every defense on every attack: ASR against ACC", f"Best is top left. {BARS} "
+                  f"{seeds(data)}.", draw, data, seeds(data))
+
+
+def _points(axis: Axes, part: pd.DataFrame) -> None:
+    for i, (name, one) in enumerate(part.groupby("defense", sort=False)):
+        asr, acc = (one[one.measure == measure] for measure in ("asr", "acc"))
+        if len(asr) and len(acc):
+            colour, marker = look(str(name), i)
+            axis.errorbar(asr["mean"], acc["mean"], xerr=errors(asr), yerr=errors(acc), fmt=marker, color=colour,
+                          elinewidth=0.7, label=name)
+    axis.set_xlim(-3, 103)

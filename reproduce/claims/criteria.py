@@ -1,0 +1,248 @@
+"""The criteria that claims are checked by, with thresholds written down before any run of a defense."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from reproduce.protocols import PAPERS
+from reproduce.results import Results
+from reproduce.statistics import (
+    ALPHA,
+    Interval,
+    PairedTest,
+    hierarchical_bootstrap,
+    holm,
+    paired_difference,
+    t_interval,
+    wilcoxon,
+)
+from tables.comparison import Study, main_rows
+from tables.layout import BEFORE, TOOK, Pair, differences, estimate, outcomes, pairs, present, victims_asr
+
+SUPPORTED, REFUTED, UNDECIDED, NOT_RUN = "supported", "not supported", "inconclusive", "not run"
+
+# Without a backdoor a triggered image is called the target about as often as any wrong class, 1 to 3 %; guessing among
+# ten classes gives 10 %. Twice that is what we still call erased: below, a trigger is no longer a reliable weapon.
+ERASED = 20.0
+# The authors show 85.65 -> 82.12 in their README as a success, so 3.5 points is no obvious loss to them. The next whole
+# step above it; a stricter reader finds every drop in the checks (MCLDef's abstract, for one, asks for 2 points).
+OBVIOUS_LOSS = 5.0
+# A gain below this would not decide between two defenses: it is within the spread of one method over seeds.
+MARGIN = 2.0
+
+# The fewest pairs with which a two-sided Wilcoxon test can reach 0.05; the other verdict is not given on fewer either.
+# Added after the first real runs (three pairs); it only withholds verdicts.
+FEWEST = 6
+
+ONE_SEED = "With one seed the interval covers the test images only."
+
+SIX = ("BadNets", "Trojan", "Blend", "CL", "SIG", "Refool")    # of NAD and ARGD
+
+
+@dataclass(frozen=True)
+class Check:
+    """One attack's or one comparison's part of a claim. low, high: 95 % interval of value (percent or points)."""
+
+    subject: str
+    outcome: str
+    text: str
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
+    p: float = math.nan
+
+
+@dataclass(frozen=True)
+class Claim:
+    """outcome: what the criterion gives on these runs. verdict: what may be said about the paper at this scale."""
+
+    paper: str
+    name: str
+    statement: str
+    source: str
+    criterion: str
+    outcome: str
+    verdict: str
+    scale: str
+    evidence: str
+    checks: tuple[Check, ...]
+    runs: tuple[str, ...]
+
+
+def combine(checks: Sequence[Check]) -> str:
+    """One failing part refutes the whole; the whole is supported only if every part is."""
+    found = {check.outcome for check in checks}
+    if found <= {NOT_RUN}:
+        return NOT_RUN
+    if REFUTED in found:
+        return REFUTED
+    return SUPPORTED if found == {SUPPORTED} else UNDECIDED
+
+
+def below(interval: Interval, threshold: float) -> str:
+    """Supported if the whole interval lies below the threshold, not supported if above it."""
+    if interval.below(threshold):
+        return SUPPORTED
+    return REFUTED if interval.above(threshold) else UNDECIDED
+
+
+def defenses(results: Results, study: Study, variant: str, item: str = "main") -> dict[str, pd.DataFrame]:
+    """Rows of the main table by defense; empty without such entries."""
+    if not present(results, study.paper, item):
+        return {}
+    return dict(iter(main_rows(results, study, item, variant).groupby("defense", sort=False)))
+
+
+def erases(rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str]) -> list[Check]:
+    """Per attack: a working backdoor before, and the interval of ASR after wholly below ERASED."""
+    checks = []
+    for attack in attacks:
+        before, after = of(rows, BEFORE, attack), of(rows, defense, attack)
+        if after is None or before is None or not (value := estimate(after, "asr")).n:
+            checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
+            continue
+        taken = estimate(before, "asr").mean
+        outcome = below(value.interval, ERASED) if taken >= TOOK else UNDECIDED
+        note = "" if taken >= TOOK else "; the attack did not take, so there was nothing to erase"
+        checks.append(Check(attack, outcome, f"{attack}: ASR {taken:.1f} -> {value.mean:.1f} "
+                            f"[{value.low:.1f}, {value.high:.1f}], n = {value.n}{note}",
+                            value.mean, value.low, value.high, value.n))
+    return checks
+
+
+def loses_less(results: Results, rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str],
+               threshold: float, measure: str = "acc") -> list[Check]:
+    """Per attack: the interval of the accuracy lost by the defense wholly below `threshold` points."""
+    checks = []
+    for attack in attacks:
+        before, after = of(rows, BEFORE, attack), of(rows, defense, attack)
+        paired = pairs(before, after, measure) if after is not None and before is not None else []
+        if not paired:
+            checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
+            continue
+        drop = mean_difference(results, paired, measure)
+        checks.append(Check(attack, below(drop, threshold), f"{attack}: {drop.mean:+.1f} points lost "
+                            f"[{drop.low:+.1f}, {drop.high:+.1f}], n = {len(paired)}", drop.mean, drop.low, drop.high,
+                            len(paired)))
+    return checks
+
+
+def of(rows: dict[str, pd.DataFrame], defense: str, attack: str) -> pd.DataFrame | None:
+    """A defense's rows on one attack."""
+    part = rows.get(defense)
+    return None if part is None else part[part.attack == attack]
+
+
+def mean_difference(results: Results, paired: list[Pair], measure: str) -> Interval:
+    """First minus second: t interval over seeds, with one seed the interval over its test images."""
+    if len(paired) > 1:
+        return t_interval([pair.difference for pair in paired])
+    return paired_difference(*(outcomes(results, name, measure) for name in (paired[0].run_first,
+                                                                             paired[0].run_second)))
+
+
+ADDS = ("Supported: exact Wilcoxon signed-rank p < 0.05 (Holm over {family}) and the hierarchical bootstrap interval "
+        "of the mean difference below 0; its size is given. Not supported: that interval wholly above "
+        f"-{MARGIN:.0f} points, so any gain is smaller than that. Fewer than {FEWEST} pairs decide nothing.")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A defense against a control in ASR, paired by attack and seed, on backdoors that work."""
+
+    subject: str
+    control: str
+    paired: list[Pair]
+    interval: Interval
+    test: PairedTest
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        return tuple(name for pair in self.paired for name in (pair.run_first, pair.run_second))
+
+
+def compared(rows: dict[str, pd.DataFrame], subject: str, defense: str, control: str) -> Compared:
+    """`defense` against `control`; subject: what the check is called."""
+    working = [] if BEFORE not in rows else [a for a, asr in victims_asr(rows[BEFORE]).items() if asr >= TOOK]
+    paired = [pair for pair in pairs(rows[defense], rows[control], "asr") if pair.attack in working] \
+        if defense in rows and control in rows else []
+    return Compared(subject, control, paired, hierarchical_bootstrap(list(differences(paired).values())),
+                    wilcoxon([pair.difference for pair in paired]))
+
+
+def adds(family: Sequence[Compared]) -> list[Check]:
+    """Whether each defense lowers ASR beyond its control; the p-values are one family (see ADDS)."""
+    adjusted = holm([one.test.p for one in family])
+    return [_adds(one, p) for one, p in zip(family, adjusted, strict=True)]
+
+
+def _adds(one: Compared, p: float) -> Check:
+    interval = one.interval
+    if not one.paired:
+        return Check(one.subject, NOT_RUN, "not run", p=p)
+    gained = p < ALPHA and interval.below(0.0)
+    refuted = len(one.paired) >= FEWEST and interval.above(-MARGIN)
+    note = f"; {one.test.note}" if one.test.note else ""
+    shown = "-" if math.isnan(p) else f"{p:.3g}"
+    return Check(one.subject, SUPPORTED if gained else REFUTED if refuted else UNDECIDED,
+                 f"ASR {interval.mean:+.2f} points [{interval.low:+.2f}, {interval.high:+.2f}] against {one.control}, "
+                 f"Wilcoxon p (Holm) = {shown}, {len(one.paired)} (attack, seed) pairs{note}",
+                 interval.mean, interval.low, interval.high, len(one.paired), p)
+
+
+def up_to(results: Results, rows: dict[str, pd.DataFrame], defense: str, base: str, measure: str, wanted: float,
+          attacks: Sequence[str]) -> Check:
+    """"Up to `wanted` %" less ASR or more ACC than `base`, on the attacks that took: the largest gain over them, as a
+    share of the base's value and in points.
+
+    Supported if either reaches `wanted` on FEWEST seeds; not supported if all `attacks` ran, neither does, and every
+    interval in points lies below it.
+    """
+    working = [a for a, asr in victims_asr(rows[BEFORE]).items() if asr >= TOOK] if BEFORE in rows else []
+    gains: dict[str, Interval] = {}
+    shares: dict[str, float] = {}
+    seeds: list[int] = []
+    for attack in working:
+        theirs, ours = of(rows, base, attack), of(rows, defense, attack)
+        if theirs is None or ours is None:
+            continue
+        paired = pairs(theirs, ours, measure) if measure == "asr" else pairs(ours, theirs, measure)
+        if paired:
+            gains[attack] = mean_difference(results, paired, measure)
+            value = estimate(theirs, measure).mean
+            shares[attack] = 100 * gains[attack].mean / value if value else math.nan
+            seeds.append(len(paired))
+    if not gains:
+        return Check("all attacks", NOT_RUN, "not run")
+    first, second = max(shares, key=lambda a: shares[a]), max(gains, key=lambda a: gains[a].mean)
+    share, points, n = shares[first], gains[second], min(seeds)
+    reached = share >= wanted or points.mean >= wanted
+    ruled_out = set(gains) == set(attacks) and not reached and all(gain.below(wanted) for gain in gains.values())
+    what = "less ASR" if measure == "asr" else "more ACC"
+    return Check("all attacks", SUPPORTED if reached and n >= FEWEST else REFUTED if ruled_out else UNDECIDED,
+                 f"at most {share:.1f} % {what} ({first}), and {points.mean:+.2f} points "
+                 f"[{points.low:+.2f}, {points.high:+.2f}] ({second}); {len(gains)} attacks, n = {n}",
+                 points.mean, points.low, points.high, n)
+
+
+def claim(paper: str, name: str, statement: str, source: str, criterion: str, checks: Sequence[Check],
+          runs: tuple[str, ...]) -> Claim:
+    """A claim whose outcome is its checks' combined."""
+    outcome = combine(checks)
+    if len(checks) == 1:
+        evidence = checks[0].text
+    else:
+        kinds = [check.outcome for check in checks]
+        counted = (f"{kinds.count(kind)} {kind}" for kind in (SUPPORTED, REFUTED, UNDECIDED, NOT_RUN) if kind in kinds)
+        evidence = f"{'; '.join(counted)}, of {len(checks)} attacks"
+    if any(check.n == 1 and not math.isnan(check.low) for check in checks):
+        evidence += " (one seed: the interval covers test images, not training)"
+    return Claim(PAPERS[paper], name, statement, source, criterion, outcome, outcome, "", evidence, tuple(checks), runs)
+
+
+def finished(*frames: pd.DataFrame | None) -> tuple[str, ...]:
+    """Names of the finished runs."""
+    return tuple(name for frame in frames if frame is not None for name in frame[frame.status == "done"].run)

@@ -1,0 +1,78 @@
+"""MCLDef's claims: up to 95.79 % less ASR, less than 2 % of accuracy lost in most cases; and what does it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from reproduce.claims.criteria import (
+    ADDS,
+    FEWEST,
+    NOT_RUN,
+    ONE_SEED,
+    REFUTED,
+    SUPPORTED,
+    UNDECIDED,
+    Check,
+    Claim,
+    adds,
+    claim,
+    compared,
+    defenses,
+    finished,
+    loses_less,
+    up_to,
+)
+from reproduce.protocols.mcldef import ATTACKS, CROSS_ENTROPY, METHOD, PAPER, RANDOM
+from reproduce.results import Results
+from tables.against_published import published_values
+from tables.layout import BEFORE
+from tables.mcldef import STUDY
+
+
+def claims(results: Results) -> list[Claim]:
+    """The abstract's two claims, the second also with the target class, and the controls."""
+    read = published_values(PAPER)["claims"]
+    table = defenses(results, STUDY, "released")
+    runs = finished(table.get(BEFORE), table.get(METHOD))
+    wanted = read["reduces"]["value"]
+    found = [claim(
+        PAPER, "reduces-asr", f"MCLDef reduces ASR by up to {wanted} %.", read["reduces"]["source"],
+        "On each attack with a working backdoor: ASR before minus after MCLDef (released), paired by seed, as a share "
+        f"and in points. Supported: the largest over the attacks reaches {wanted} in one of these readings, on "
+        f"{FEWEST} seeds or more. Not supported: all attacks ran, none reaches it, and every 95 % interval in points "
+        f"lies below it. {ONE_SEED}", [up_to(results, table, METHOD, BEFORE, "asr", wanted, tuple(ATTACKS))], runs)]
+    wanted = read["harmless"]["value"]
+    for name, measure, which in (
+            ("loses-little", "acc_nontarget", "images of other classes than the target, as its code does"),
+            ("loses-little-all", "acc", "all test images, as its code does not")):
+        checks = loses_less(results, table, METHOD, tuple(ATTACKS), wanted, measure)
+        source = read["harmless"]["source"] if measure == "acc_nontarget" else "the same claim on all test images"
+        found.append(_in_most_cases(claim(
+            PAPER, name, f"MCLDef loses less than {wanted:.0f} % of accuracy in most cases"
+            f"{'' if measure == 'acc_nontarget' else ', the target class included'}.", source,
+            f"For each attack: the 95 % interval of the mean accuracy lost, paired by seed, measured on {which}, "
+            f"wholly below {wanted:.0f} points. Supported: for more than half of the attacks. Not supported: for half "
+            f"of them or more it lies wholly above. {ONE_SEED}", checks, runs), checks))
+    family = [compared(table, name, METHOD, control) for name, control in
+              (("inverted-trigger", RANDOM), ("contrastive-loss", CROSS_ENTROPY))]
+    statements = {"inverted-trigger": "MCLDef needs the inverted trigger: with as many pixels in random places more of "
+                                      "the backdoor is left.",
+                  "contrastive-loss": "MCLDef's contrastive loss lowers ASR beyond cross-entropy on the same stamped "
+                                      "images."}
+    for one, check in zip(family, adds(family), strict=True):
+        found.append(claim(PAPER, f"{one.subject}-adds", statements[one.subject], "control for the abstract's claim",
+                           f"MCLDef minus \"{one.control}\" on the same victims, working backdoors only, paired by "
+                           "attack and seed. " + ADDS.format(family="both controls"), [check], one.runs))
+    return found
+
+
+def _in_most_cases(whole: Claim, checks: Sequence[Check]) -> Claim:
+    """The claim with the outcome that most of its checks give."""
+    kinds = [check.outcome for check in checks]
+    outcome = UNDECIDED
+    if set(kinds) == {NOT_RUN}:
+        outcome = NOT_RUN
+    elif 2 * kinds.count(SUPPORTED) > len(kinds):
+        outcome = SUPPORTED
+    elif 2 * kinds.count(REFUTED) >= len(kinds):
+        outcome = REFUTED
+    return dataclasses.replace(whole, outcome=outcome, verdict=outcome)

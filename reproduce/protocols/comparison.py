@@ -1,0 +1,83 @@
+"""What the papers' protocols share: victims, cells, and several defenses compared on one victim."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from defenses import nad
+from reproduce.cells import Cell, Victim
+from reproduce.data.augment import Augment
+from reproduce.defending import defense_module
+from reproduce.poisoning import attack_module
+from reproduce.protocols import Entry, Profile
+from reproduce.training import Recipe
+
+# How NAD's, ARGD's and MCLDef's victims are trained here, so that one victim serves all three. The papers' own recipe
+# is not readable to us; this is what the victim published with NAD's code shows in its file (weight/s_net,
+# bboylyg/NAD@f17b713): 24 epochs of batch 64 (18,768 BatchNorm steps), last learning rate 0.01; SGD, Nesterov momentum
+# 0.9, weight decay 1e-4, no augmentation and no shuffling as in train_badnet.py and data_loader.py of that commit.
+# Where in those 24 epochs the rate fell from 0.1 is not in the file: after epoch 20 is the script's own place.
+RELEASED = Recipe(epochs=24, rates=((0, 0.1), (20, 0.01)), shuffle=False)
+AUGMENTED = replace(RELEASED, shuffle=True, augment=Augment(crop=4, flip=True))
+
+# The six attacks of NAD and ARGD, in NAD's settings.
+SIX = {"BadNets": "badnets", "Trojan": "trojan", "Blend": "blend", "CL": "cl", "SIG": "sig", "Refool": "refool"}
+FRACTIONS = (0.01, 0.05, 0.10, 0.15, 0.20)
+BETA_ZERO = "NAD (beta = 0)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One defense of a comparison: how the table calls it and its variant, the module, the configuration."""
+
+    label: str
+    variant: str
+    defense: str
+    config: Any
+
+
+def row(label: str, variant: str, paper: str, defense: str | None = None) -> Row:
+    """The settings of a defense for a paper; the module's name is the label's in small letters unless given."""
+    if label == BETA_ZERO:
+        return Row(label, variant, "nad", nad.without_distillation(nad.SETTINGS[paper, variant]))
+    name = defense or label.lower()
+    return Row(label, variant, name, defense_module(name).SETTINGS[paper, variant])
+
+
+def victim(profile: Profile, attack: str, paper: str, variant: str, seed: int, recipe: Recipe = RELEASED) -> Victim:
+    """The victim of an attack in a paper's settings."""
+    settings = profile.attack(attack_module(attack).SETTINGS[paper, variant])
+    return Victim(profile.dataset, profile.model, profile.victim(recipe), seed, attack, settings)
+
+
+def cell(profile: Profile, on: Victim, defense: str, config: Any, fraction: float | None = None,
+         curve: bool = False) -> Cell:
+    """A defense on a victim, at the profile's scale and, unless given, its share of clean data.
+
+    A defense that is told the target label is told this victim's.
+    """
+    if getattr(config, "target", None) is not None:
+        config = replace(config, target=on.settings.target)
+    return Cell(on, defense, profile.defense(config), fraction or profile.clean_fraction, curve)
+
+
+def comparison(profile: Profile, paper: str, item: str, on: Victim, labels: dict[str, str], rows: list[Row],
+               fraction: float | None = None) -> list[Entry]:
+    """The victim as it is, and every defense of `rows` on it."""
+    found = [Entry(paper, item, {**labels, "defense": "Before", "variant": "-"}, on)]
+    found += [Entry(paper, item, {**labels, "defense": one.label, "variant": one.variant},
+                    cell(profile, on, one.defense, one.config, fraction)) for one in rows]
+    return found
+
+
+def fractions(profile: Profile, paper: str, on: Victim, rows: list[Row]) -> list[Entry]:
+    """The defenses with more or less clean data."""
+    return [entry for fraction in FRACTIONS
+            for entry in comparison(profile, paper, "clean-fraction", on,
+                                    {"fraction": f"{fraction:.0%}".replace("%", " %")}, rows, fraction)[1:]]
+
+
+def sweep(profile: Profile, paper: str, item: str, label: str, on: Victim, defense: str,
+          settings: dict[str, Any]) -> list[Entry]:
+    """One defense on one victim, a factor varied: {value of the label: configuration}."""
+    return [Entry(paper, item, {label: value}, cell(profile, on, defense, config))
+            for value, config in settings.items()]

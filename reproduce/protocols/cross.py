@@ -1,0 +1,22 @@
+"""All defenses on all attacks, in one setting each: the runs of the papers' main tables again, and what they leave out.
+
+Every defense meets the same victims with the same clean subset and seeds, in the settings of its own code; Fine-Pruning
+and MCR, of which NAD's code has none, as described, and ARGD too, see `protocols.mcldef`.
+"""
+
+from reproduce.protocols import Entry, Profile
+from reproduce.protocols.comparison import BETA_ZERO, comparison, row, victim
+from reproduce.protocols.mcldef import ATTACKS, MAIN_ROWS, OWN_ROWS, SMOKE_ATTACKS
+
+PAPER = "cross"
+ROWS = [row("FT", "released", "nad"), row("FP", "described", "nad"), row("MCR", "described", "nad"),
+        row(BETA_ZERO, "released", "nad"),
+        *(one for one in MAIN_ROWS if one not in OWN_ROWS and one.label != "FT"), OWN_ROWS[-1]]
+
+
+def entries(profile: Profile) -> list[Entry]:
+    """Every run of the cross table at this scale."""
+    return [entry for seed in profile.seeds for label, (attack, paper) in ATTACKS.items()
+            if not profile.smoke or label in SMOKE_ATTACKS
+            for entry in comparison(profile, PAPER, "main", victim(profile, attack, paper, "described", seed),
+                                    {"attack": label}, ROWS)]

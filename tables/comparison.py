@@ -1,0 +1,263 @@
+"""What the tables of several papers share: a paper's defenses on its attacks, one factor varied, cost."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from reproduce.results import Results
+from reproduce.statistics import ALPHA, hierarchical_bootstrap, holm, wilcoxon
+from tables.layout import (
+    BEFORE,
+    attack_grid,
+    averages,
+    by_image,
+    defense_grid,
+    differences,
+    estimates,
+    listing,
+    measured,
+    not_taken,
+    pairs,
+    present,
+    printed,
+    table,
+)
+from tables.render import MISSING, Table, Value, heading
+
+
+@dataclass(frozen=True)
+class Study:
+    """A paper's comparison; its entries are labelled attack, defense and variant (a victim has no variant).
+
+    controls: rows that the other defenses are tested against, e.g. the method without its own term.
+    main: {(item, variant): (table name, title)} of the attack grids, in the report's order.
+    attacks: {item: which attacks it holds, in words}.
+    tall: too many defenses to stand side by side: a table per measure, a row per defense.
+    """
+
+    paper: str
+    name: str
+    controls: tuple[str, ...]
+    main: dict[tuple[str, str], tuple[str, str]]
+    attacks: dict[str, str]
+    tall: bool = False
+
+    @property
+    def items(self) -> list[str]:
+        return list(dict.fromkeys(item for item, _variant in self.main))
+
+    @property
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(variant for _item, variant in self.main))
+
+
+def if_present(results: Results, paper: str, item: str, build: Callable[[], Table]) -> list[Table]:
+    """The table, where the protocol entries at hand include the item."""
+    return [build()] if present(results, paper, item) else []
+
+
+def rows(results: Results, paper: str, item: str, *keys: str) -> pd.DataFrame:
+    """The results frame of an item; a label that some entries lack (a victim has no variant) reads "-"."""
+    frame = results.frame(paper, item)
+    for key in keys:
+        frame[key] = frame[key].fillna(MISSING) if key in frame else MISSING
+    return frame
+
+
+def main_rows(results: Results, study: Study, item: str, variant: str) -> pd.DataFrame:
+    """Victims, and the defenses in one variant, of an item with an attack grid."""
+    frame = rows(results, study.paper, item, "attack", "defense", "variant")
+    frame = frame[frame.variant.isin([variant, MISSING])]
+    # Victims alone are no comparison.
+    return frame if (frame.variant == variant).any() else frame.iloc[:0]
+
+
+def grids(results: Results, study: Study) -> list[Table]:
+    """ASR and ACC per attack and defense."""
+    built = []
+    for (item, variant), (name, title) in study.main.items():
+        if not present(results, study.paper, item):
+            continue
+        frame = main_rows(results, study, item, variant)
+        title = f"{study.name}: {title}"
+        caption = "ASR on triggered non-target test images and ACC on all clean test images."
+        if study.tall:
+            built += [defense_grid(results, frame, measure, name=f"{name}{ending}", title=title, caption=caption)
+                      for measure, ending in (("asr", ""), ("acc", "-acc"))]
+        else:
+            built.append(attack_grid(results, frame, name=name, title=title, caption=caption))
+    return built
+
+
+def details(results: Results, study: Study) -> list[Table]:
+    """Behind the grids: every measure, averages over attacks, tests against the controls."""
+    built = []
+    for item in study.items:
+        for build in (complete, mean_over_attacks, *(_against(control) for control in study.controls)):
+            built += if_present(results, study.paper, item, lambda b=build, i=item: b(results, study, i))
+    return built
+
+
+def complete(results: Results, study: Study, item: str) -> Table:
+    """Every measure of every attack, defense and variant."""
+    frame = rows(results, study.paper, item, "attack", "defense", "variant")
+    weak = not_taken(frame)
+    flagged = f" The attack did not take: {', '.join(weak)}." if weak else ""
+    return listing(results, frame, {"attack": "Attack", "defense": "Defense", "variant": "Settings"},
+                   name=f"{item}-complete", title=f"{study.name}: every measure, {study.attacks[item]}",
+                   within=["attack"],
+                   caption=f"ACC non-target is {study.name}'s own accuracy: without the target class.{flagged}")
+
+
+def mean_over_attacks(results: Results, study: Study, item: str) -> Table:
+    """Averages with intervals that cover both other seeds and other attacks, per variant of the defenses."""
+    measures = ("asr", "acc", "acc_nontarget", "ra")
+    frames = {variant: main_rows(results, study, item, variant) for variant in study.variants}
+    parts = [averages(frame, ["defense"], measures).assign(settings=variant) for variant, frame in frames.items()]
+    data = pd.concat([part for part in parts if len(part)] or [pd.DataFrame()], ignore_index=True)
+    shown = []
+    if len(data):
+        for (which, settings, defense), part in data.groupby(["attacks", "settings", "defense"], sort=False):
+            cells = {heading(row.measure): Value(f"{row['mean']:.2f}{bounds(row.low, row.high, 2)}",
+                                                 runs=tuple(row.runs.split())) for row in part.iloc}
+            first = part.iloc[0]
+            shown.append({"Attacks": f"{which} ({first.n_attacks})", "Settings": settings, "Defense": defense, **cells,
+                          "Runs": Value(str(first.n))})
+    return table(f"{item}-averages", f"{study.name}: averages over attacks, {study.attacks[item]}",
+                 "Percent: mean over attacks of the mean over seeds, with a 95 % hierarchical bootstrap interval "
+                 "(attacks, then seeds). Only (attack, seed) pairs finished for every defense of the block count. With "
+                 "six attacks or fewer such intervals are somewhat too narrow.", pd.DataFrame(shown), data,
+                 pd.concat(frames.values()))
+
+
+def _against(control: str) -> Callable[[Results, Study, str], Table]:
+    return lambda results, study, item: significance(results, study, item, control)
+
+
+def significance(results: Results, study: Study, item: str, control: str) -> Table:
+    """Each defense against one control, paired over (attack, seed)."""
+    frame = rows(results, study.paper, item, "attack", "defense", "variant")
+    compared = []
+    for (defense, variant), part in frame[~frame.defense.isin([BEFORE, control])].groupby(["defense", "variant"],
+                                                                                         sort=False):
+        base = frame[(frame.defense == control) & (frame.variant == variant)]
+        compared += [{"defense": defense, "settings": variant, **against(results, part, base, measure)}
+                     for measure in ("asr", "acc")]
+    data = pd.DataFrame(compared)
+    data = data[data.n > 0].copy() if len(data) else data
+    shown = []
+    if len(data):
+        data.insert(data.columns.get_loc("p") + 1, "p_holm", holm(data.p.to_list()))
+        shown = [{
+            "Defense": row.defense, "Settings": row.settings, "Measure": heading(row.measure),
+            "Difference": Value(f"{row.difference:+.2f}{bounds(row.low, row.high, 2, '+')}",
+                                runs=tuple(row.runs.split())),
+            "Pairs": Value(str(row.n)), "p": Value(probability(row.p)), "p (Holm)": Value(probability(row.p_holm)),
+            "Attacks": Value(str(row.n_attacks)), "p over attacks": Value(probability(row.p_attacks)),
+            "McNemar lower / higher / pairs": Value(f"{row.mcnemar_lower} / {row.mcnemar_higher} / {row.n}"),
+        } for row in data.iloc]
+    # The first control's table has the plain name.
+    number = study.controls.index(control)
+    return table(f"{item}-significance{f'-{number + 1}' if number else ''}",
+                 f"{study.name}: each defense against {control}, {study.attacks[item]}",
+                 f"Defense minus {control} with the same settings, in points: mean over attacks with a 95 % "
+                 "hierarchical bootstrap interval. p: exact two-sided Wilcoxon signed-rank test over (attack, seed) "
+                 "pairs, which takes the seeds of an attack as independent; p over attacks: the same on one mean "
+                 "difference per attack, not corrected. Below 6 non-zero differences p cannot reach 0.05. Holm: over "
+                 "the rows of this table. McNemar: in how many pairs, test image by test image, the measure is "
+                 "significantly lower or higher (5 %, Holm over the pairs of the row).", pd.DataFrame(shown), data,
+                 frame)
+
+
+def against(results: Results, part: pd.DataFrame, control: pd.DataFrame, measure: str) -> dict[str, Any]:
+    """Paired comparison of one measure: difference in points, Wilcoxon over pairs and over attacks, McNemar counts."""
+    paired = pairs(part, control, measure)
+    by_attack = list(differences(paired).values())
+    interval = hierarchical_bootstrap(by_attack)
+    test = wilcoxon([pair.difference for pair in paired])
+    over_attacks = wilcoxon([sum(values) / len(values) for values in by_attack])
+    single = [by_image(results, pair, measure) for pair in paired]
+    significant = [p < ALPHA for p in holm([result.p for result in single])]
+    lower = sum(s and result.only_first < result.only_second for s, result in zip(significant, single, strict=True))
+    return {"measure": measure, "n": len(paired), "n_attacks": len(by_attack), "difference": interval.mean,
+            "low": interval.low, "high": interval.high, "p": test.p, "p_attacks": over_attacks.p,
+            "mcnemar_lower": lower, "mcnemar_higher": sum(significant) - lower,
+            "runs": " ".join([pair.run_first for pair in paired] + [pair.run_second for pair in paired])}
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor varied on BadNets: its item, the label it is varied under, a heading and a caption.
+
+    within: a second label whose values are compared apart, with its heading.
+    """
+
+    item: str
+    label: str
+    title: str
+    caption: str
+    within: tuple[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        """What is varied, in a title."""
+        return (self.within[1] if self.within else self.title).lower()
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """{label: heading} of the table's rows."""
+        return ({self.within[0]: self.within[1]} if self.within else {}) | {self.label: self.title}
+
+
+def ablation(results: Results, study: Study, factor: Factor) -> list[Table]:
+    """One factor varied."""
+    return if_present(results, study.paper, factor.item, lambda: listing(
+        results, rows(results, study.paper, factor.item, *factor.keys), factor.keys, name=factor.item,
+        title=f"{study.name}: {factor.name}", within=[factor.within[0]] if factor.within else [],
+        caption=f"BadNets. {factor.caption}"))
+
+
+def clean_fraction(results: Results, study: Study) -> list[Table]:
+    """BadNets with more or less clean data."""
+    return if_present(results, study.paper, "clean-fraction", lambda: listing(
+        results, rows(results, study.paper, "clean-fraction", "fraction", "defense", "variant"),
+        {"fraction": "Clean data", "defense": "Defense", "variant": "Settings"}, within=["fraction"],
+        name="clean-fraction", title=f"{study.name}: share of clean data",
+        caption="BadNets; the defender's share of the clean training set; marks within a share."))
+
+
+def cost(results: Results, study: Study, items: Sequence[str] = ("main",)) -> Table:
+    """Seconds per run, on the hardware they ran on; "Before" is the victim's training."""
+    frame = pd.concat([rows(results, study.paper, item, "attack", "defense", "variant") for item in items])
+    frame["hardware"] = [_hardware(results, row.run) if row.status == "done" else "" for row in frame.itertuples()]
+    frame = measured(frame, "seconds")
+    keys = {"defense": "Run", "variant": "Settings", "hardware": "Hardware"}
+    data = estimates(frame, list(keys), ["seconds"]) if len(frame) else frame
+    shown = [{"Run": "victim's training" if row.defense == BEFORE else row.defense, "Settings": row.variant,
+              "Hardware": row.hardware, "Seconds": printed(row, 1), "n": Value(str(row.n))} for row in data.iloc]
+    return table("cost", f"{study.name}: cost", "Wall seconds per run without the final evaluation; mean ± sample SD "
+                 "over the n runs (attacks and seeds) of the main table. Runs that shared the machine with others took "
+                 "longer than they need.", pd.DataFrame(shown), data, frame)
+
+
+def _hardware(results: Results, name: str) -> str:
+    run = results.named(name)
+    assert run is not None, f"{name} was finished a moment ago"
+    environment = run.json("environment")
+    device = environment.get("device", "unknown")
+    return f"{environment.get('cpu', 'cpu')}, {environment.get('threads', '?')} threads" if device == "cpu" else device
+
+
+def bounds(low: float, high: float, digits: int, sign: str = "") -> str:
+    """ [low, high], or nothing where there is no interval."""
+    return "" if math.isnan(low) else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def probability(value: float) -> str:
+    """A p-value to three digits."""
+    if math.isnan(value):
+        return MISSING
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"

@@ -1,0 +1,124 @@
+"""Every paper's tables, figures and claims, from its whole protocol with made-up runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import figures.argd
+import figures.cross
+import figures.mcldef
+import tables.argd
+import tables.cross
+import tables.mcldef
+from reproduce import claims
+from reproduce.claims import criteria
+from reproduce.protocols import PROFILES, Profile, entries
+from reproduce.results import Results
+from reproduce.store import Store
+from tables import render
+from tests.synthetic import write_run
+
+LEVELS = {"Before": (88, 99), "FT": (85, 30), "NAD": (84, 8), "MCLDef": (86, 2), "ARGD": (85, 8)}
+INFO = {"target": 5, "target_from": "granted", "reached": True, "l1": 9.5, "changed_pixels": 9, "success": 97.0,
+        "images_seen": 12345, "values_changed": 678}
+ESTIMATED = {"target_from": "estimated", "anomaly_index": 3.5}
+HISTORY = [{"phase": "student", "epoch": epoch, "rate": 0.1, "loss": 2.0, "ce": 0.5, "node.block1": 1.0,
+            "node.block2": 0.4, "edge": 0.002, "embedding": 0.012} for epoch in (1, 2)]
+
+
+def made(root: Path, paper: str, profile: Profile) -> Results:
+    """All runs of a paper's protocol, at levels that depend on the defense alone."""
+    store, found = Store(root), entries(profile, [paper])
+    for number, entry in enumerate(found):
+        if store.find(entry.task.name):
+            continue
+        defense = entry.labels.get("defense", "")
+        acc, asr = LEVELS.get(defense, (84, 20))
+        estimated = ESTIMATED if defense in ("NC", "MCLDef, target estimated") else {}
+        write_run(store, entry.task, acc, asr, number, HISTORY, info=INFO | estimated,
+                  tensors={"defense": {"trigger": torch.linspace(-1, 1, 3 * 32 * 32).view(3, 32, 32)}})
+    return Results(store, found)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
+    return {paper: made(tmp_path_factory.mktemp(paper), paper, PROFILES["quick"]) for paper in ("argd", "mcldef",
+                                                                                             "cross")}
+
+
+TABLES = {
+    "argd": {"main", "published", "main-complete", "main-averages", "main-significance", "main-significance-2",
+             "clean-fraction", "teacher", "terms", "variants", "term-sizes", "cost"},
+    "mcldef": {"main", "main-acc", "published", "triggers", "main-complete", "main-averages", "main-significance",
+               "main-significance-2", "clean-fraction", "temperature", "inversion", "variants", "cost"},
+    "cross": {"asr", "acc", "ra", "ranks", "cost"},
+}
+FIGURES = {
+    "argd": {"main", "clean-fraction", "teacher", "terms", "variants", "attention-maps"},
+    "mcldef": {"main", "triggers", "inverted", "features", "clean-fraction", "temperature", "inversion", "variants"},
+    "cross": {"critical-difference", "trade-off"},
+}
+
+
+@pytest.mark.parametrize("module", [tables.argd, tables.mcldef, tables.cross], ids=lambda m: m.PAPER)
+def test_every_item_has_its_table(module, results: dict[str, Results]) -> None:
+    built = module.tables(results[module.PAPER])
+    assert {table.name for table in built} == {f"{module.PAPER}-{name}" for name in TABLES[module.PAPER]}
+    for table in built:
+        for text in (render.markdown(table, PROFILES["quick"]), render.html(table, PROFILES["quick"])):
+            assert not re.search(r"\bnan\b", text, re.IGNORECASE)
+    assert module.tables(Results(Store(Path("nowhere")), [])) == []
+
+
+@pytest.mark.parametrize("module", [figures.argd, figures.mcldef, figures.cross], ids=lambda m: m.PAPER)
+def test_every_item_has_its_figure(module, results: dict[str, Results], tmp_path: Path) -> None:
+    drawn = module.figures(results[module.PAPER], smoke=True)
+    assert {figure.name for figure in drawn} == {f"{module.PAPER}-{name}" for name in FIGURES[module.PAPER]}
+    for figure in drawn:
+        figure.write(tmp_path, smoke=True)
+        assert (tmp_path / f"{figure.name}.png").stat().st_size > 5000
+    assert module.figures(Results(Store(Path("nowhere")), [])) == []
+
+
+def test_estimated_targets_are_counted(results: dict[str, Results]) -> None:
+    table = next(t for t in tables.mcldef.tables(results["mcldef"]) if t.name == "mcldef-triggers")
+    shown = table.frame.set_index(["Attack", "Defense"])
+    assert str(shown.loc[("BadNets", "NC"), "Target right"]) == "2 of 2"
+    assert str(shown.loc[("BadNets", "MCLDef"), "Target right"]) == "told"
+
+
+def test_ranks_put_the_lowest_asr_first(results: dict[str, Results]) -> None:
+    data = next(t for t in tables.cross.tables(results["cross"]) if t.name == "cross-ranks").data
+    asr = data[data.measure == "asr"].set_index("defense").mean_rank
+    assert asr.idxmin() == "MCLDef" and asr.idxmax() == "FT"
+    cost = next(t for t in tables.cross.tables(results["cross"]) if t.name == "cross-cost")
+    assert set(cost.data[cost.data.measure == "images"]["mean"]) == {12345}
+
+
+def test_the_terms_of_argd_are_compared_with_its_nodes(results: dict[str, Results]) -> None:
+    data = next(t for t in tables.argd.tables(results["argd"]) if t.name == "argd-term-sizes").data
+    assert set(data[data.measure == "nodes"]["mean"]) == {1.4}
+    assert data[data.measure == "ratio"]["mean"].tolist() == pytest.approx([100 * 0.014 / 1.4] * 12)
+
+
+def test_claims_need_six_seeds_to_be_supported(results: dict[str, Results]) -> None:
+    found = {claim.name: claim for paper in ("argd", "mcldef")
+             for claim in claims.claims(results[paper], PROFILES["paper"])}
+    assert set(found) == {"lower-asr-than-nad", "higher-acc-than-nad", "graph-adds", "distillation-adds", "reduces-asr",
+                          "loses-little", "loses-little-all", "inverted-trigger-adds", "contrastive-loss-adds"}
+    # Two seeds of about 97 points less ASR.
+    assert found["reduces-asr"].outcome == criteria.UNDECIDED
+    assert "points" in found["reduces-asr"].evidence and "2" in found["reduces-asr"].evidence
+    assert all(claim.source for claim in found.values())
+
+
+def test_up_to_is_reached_or_ruled_out(tmp_path: Path) -> None:
+    profile = Profile("made", "", "digits", "wrn-10-1", tuple(range(6)), smoke=True)
+    found = made(tmp_path, "mcldef", profile)
+    table = criteria.defenses(found, tables.mcldef.STUDY, "released")
+    attacks = tuple(dict.fromkeys(table["Before"].attack))
+    assert criteria.up_to(found, table, "MCLDef", "Before", "asr", 90.0, attacks).outcome == criteria.SUPPORTED
+    assert criteria.up_to(found, table, "FT", "Before", "asr", 95.79, attacks).outcome == criteria.REFUTED
+    assert criteria.up_to(found, table, "FT", "Before", "asr", 95.79, (*attacks, "SIG")).outcome == criteria.UNDECIDED
