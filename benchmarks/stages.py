@@ -19,7 +19,7 @@ from benchmarks import usual
 from benchmarks.nad_checkout import Checkout
 from benchmarks.usual import Sample
 from defenses import ft, nad
-from reproduce.data.augment import apply, draw, to_input
+from reproduce.data.augment import apply, draw, take, to_input
 from reproduce.defending import Clean
 from reproduce.models import build
 from reproduce.poisoning import Context, Poisoned, triggered_candidates, triggered_labels
@@ -176,7 +176,7 @@ def augmentation(bench: Bench) -> Iterator[Stage]:
     def ours() -> None:
         rng = generator(SEED, "benchmark")
         for index in torch.randperm(len(images), generator=rng).split(BATCH):
-            to_input(apply(images[index], draw(len(index), 32, AUGMENT, rng), AUGMENT))
+            to_input(apply(take(images, index), draw(len(index), 32, AUGMENT, rng), AUGMENT))
 
     loader = usual.augmenting_loader(samples, BATCH)
     baselines: dict[str, Callable[[], object]] = {USUAL: lambda: drain(loader)}

@@ -64,10 +64,10 @@ def apply(images: Tensor, parameters: Tensor, augment: Augment) -> Tensor:
         cut_columns = (columns >= cut_column[:, None] - half) & (columns < cut_column[:, None] + augment.cutout - half)
         keep &= ~(cut_rows[:, :, None] & cut_columns[:, None, :])
     source = source_rows.clamp(0, height - 1)[:, :, None] * width + source_columns.clamp(0, width - 1)[:, None, :]
-    # Gathering whole RGB pixels is three times faster than gathering each channel.
+    # Whole RGB pixels, by index_select: each is three times faster than channels and than indexing with brackets.
     rows_of_pixels = pixels(images).reshape(n * height * width, -1)
     offset = torch.arange(n, device=images.device)[:, None, None] * (height * width)
-    moved = rows_of_pixels[(source + offset).flatten()].view(n, height, width, -1) * keep[..., None]
+    moved = rows_of_pixels.index_select(0, (source + offset).flatten()).view(n, height, width, -1) * keep[..., None]
     return moved.permute(0, 3, 1, 2)
 
 
