@@ -51,7 +51,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
 TABLES = {
     "argd": {"main", "published", "main-complete", "main-averages", "main-significance", "main-significance-2",
              "clean-fraction", "teacher", "terms", "variants", "term-sizes", "cost"},
-    "mcldef": {"main", "main-acc", "published", "triggers", "main-complete", "main-averages", "main-significance",
+    "mcldef": {"main", "main-acc", "published", "triggers", "target-class", "main-complete", "main-averages",
+               "main-significance",
                "main-significance-2", "clean-fraction", "temperature", "inversion", "variants", "cost"},
     "cross": {"asr", "acc", "ra", "ranks", "cost"},
 }
@@ -87,6 +88,14 @@ def test_estimated_targets_are_counted(results: dict[str, Results]) -> None:
     shown = table.frame.set_index(["Attack", "Defense"])
     assert str(shown.loc[("BadNets", "NC"), "Target right"]) == "2 of 2"
     assert str(shown.loc[("BadNets", "MCLDef"), "Target right"]) == "told"
+
+
+def test_accuracy_on_the_target_class_and_off_it_make_up_the_whole(results: dict[str, Results]) -> None:
+    data = next(t for t in tables.mcldef.tables(results["mcldef"]) if t.name == "mcldef-target-class").data
+    row = data[(data.attack == "BadNets") & (data.defense == "NC")].iloc[0]
+    frame = results["mcldef"].frame("mcldef", "main").query("attack == 'BadNets' and defense == 'NC'")
+    # One image in ten of the made-up test sets is of the target class.
+    assert 0.9 * frame.acc_nontarget.mean() + 0.1 * row["mean"] == pytest.approx(frame.acc.mean())
 
 
 def test_ranks_put_the_lowest_asr_first(results: dict[str, Results]) -> None:
