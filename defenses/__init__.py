@@ -5,6 +5,9 @@ A defense module defines
     Config             frozen dataclass of hyper-parameters in the paper's symbols, a source beside each constant
     SETTINGS           {(paper, variant): Config}, e.g. ("nad", "released")
     requires(config)   what it needs beyond the clean images, out of {"clean-model"}; usually empty
+    work(config, images, classes)
+                       optional: how many images go forwards and backwards beside the epochs of its recipes, given how
+                       many clean images and classes there are; for estimates of time only
     defend(model, clean, config, seed, observe=silent, clean_model=None) -> Defended
 
 `model` is left untouched. A defense sees the clean subset only: never the trigger, the target label or test data.

@@ -94,6 +94,11 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset()
 
 
+def work(config: Config, images: int, classes: int) -> float:
+    """Perturbation and mask go forwards and backwards, the clean loss adds a little."""
+    return 2.5 * config.iterations * config.recipe.batch
+
+
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
            clean_model: nn.Module | None = None) -> Defended:
     """A copy of `model` without the channels whose mask ends at or below the threshold.

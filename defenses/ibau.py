@@ -74,6 +74,11 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset()
 
 
+def work(config: Config, images: int, classes: int) -> float:
+    """The perturbation, and two derivatives for each term of the series."""
+    return config.rounds * images * (2 + 2 * config.terms)
+
+
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
            clean_model: nn.Module | None = None) -> Defended:
     """A copy of `model` from which one universal perturbation per round was unlearned.

@@ -133,6 +133,12 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset()
 
 
+def work(config: Config, images: int, classes: int) -> float:
+    """Stage 1, and what it takes to find the target."""
+    steps = (config.mask if config.inversion == "mask" else config.pixel).steps
+    return steps * images + (nc.inversion_work(config.estimate, classes) if config.target is None else 0)
+
+
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
            clean_model: nn.Module | None = None) -> Defended:
     """A copy of `model` purified with an inverted trigger.

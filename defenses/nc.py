@@ -99,6 +99,16 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset()
 
 
+def work(config: Config, images: int, classes: int) -> float:
+    """The inversion of every class, or of the one it is told."""
+    return inversion_work(config.inversion, 1 if config.target is not None else classes)
+
+
+def inversion_work(settings: Inversion, classes: int) -> float:
+    """Images that go forwards and backwards, if no class stops early."""
+    return settings.steps * settings.batches * settings.batch * classes
+
+
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
            clean_model: nn.Module | None = None) -> Defended:
     """A copy of `model` that unlearnt the inverted triggers of the suspected labels.

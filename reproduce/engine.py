@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from reproduce import data
 from reproduce.cells import Cell, Task, Victim, recipes
+from reproduce.defending import defense_module
 from reproduce.runner import Runner
 from reproduce.store import Store
 
@@ -60,7 +61,10 @@ def cost(task: Task) -> float:
     if isinstance(task, Victim):
         return BACKWARD_COST * sum(recipe.epochs for recipe in recipes(task.recipe)) * total + test
     epochs = sum(recipe.epochs for recipe in recipes(task.config))
-    return (BACKWARD_COST + 1) * epochs * task.clean_fraction * total + test * (1 + epochs * task.curve)
+    clean = round(task.clean_fraction * total)
+    work = getattr(defense_module(task.defense), "work", lambda config, images, classes: 0)
+    trained = epochs * clean + work(task.config, clean, data.NUM_CLASSES[victim.dataset])
+    return (BACKWARD_COST + 1) * trained + test * (1 + epochs * task.curve)
 
 
 def seconds_per_cost(store: Store, tasks: list[Task]) -> float:

@@ -60,3 +60,15 @@ def test_defends_a_copy_repeatably_and_reports(name, paper, variant, victim, cle
     assert not same(first.model, victim)
     assert heard and len({(phase, epoch) for phase, epoch, _ in heard}) == len(heard), "phases must have distinct names"
     json.dumps(first.info, allow_nan=False)
+
+
+@pytest.mark.parametrize(("name", "paper", "variant"), CASES)
+def test_work_beside_recipes_grows_with_the_classes_it_inverts(name, paper, variant):
+    module = defense_module(name)
+    if not hasattr(module, "work"):
+        pytest.skip("has nothing but recipes")
+    config = module.SETTINGS[paper, variant]
+    ten, forty = (module.work(config, 2500, classes) for classes in (10, 43))
+    assert ten > 2500
+    finds_target = name in ("nc", "mcldef") and config.target is None
+    assert (forty > ten) == finds_target
