@@ -178,6 +178,9 @@ def export(into: Path, no_weights: bool, **selected: Any) -> int:
     return _report(Results(Store(into), results.entries), profile, into)
 
 
+PLACES = ("--results", "--into", "--data-root")
+
+
 def _list(tasks: list[Task], store: Store, jobs: int) -> None:
     per_cost, left = seconds_per_cost(store, tasks), 0.0
     for task in tasks:
@@ -188,7 +191,7 @@ def _list(tasks: list[Task], store: Store, jobs: int) -> None:
 
 
 def _report(results: Results, profile: Profile, folder: Path) -> int:
-    summary = write_report(results, profile, folder, shlex.join(["./run_all.sh", *sys.argv[2:]]))
+    summary = write_report(results, profile, folder, shlex.join(["./run_all.sh", *_portable(sys.argv[2:])]))
     if summary.main:
         click.echo(f"\n{summary.main}")
     for claim, verdict in summary.verdicts:
@@ -200,6 +203,17 @@ def _report(results: Results, profile: Profile, folder: Path) -> int:
                    "report lists them", err=True)
         return 1
     return 0
+
+
+def _portable(arguments: list[str]) -> list[str]:
+    """The arguments that somebody else needs for the same runs: without this machine's folders."""
+    kept, skip = [], False
+    for argument in arguments:
+        name = argument.split("=")[0]
+        if not skip and name not in PLACES and name != "--no-weights":
+            kept.append(argument)
+        skip = not skip and name in PLACES and "=" not in argument
+    return kept
 
 
 def _check_writable(folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from reproduce import cli
 from reproduce.protocols import PROFILES
 from reproduce.report import ReportSummary, write_report
 from reproduce.results import Results
@@ -85,3 +86,9 @@ def test_same_runs_same_bytes(summary: ReportSummary, runs: Results, tmp_path: P
 def test_empty_results_still_make_a_page(tmp_path: Path, runs: Results) -> None:
     summary = write_report(Results(runs.store, []), PROFILES["paper"], tmp_path, COMMAND)
     assert summary.main == "" and summary.complete and "No finished run" in summary.page.read_text()
+
+
+def test_the_command_to_reproduce_names_no_folder_of_this_machine() -> None:
+    arguments = ["--paper", "nad", "--results", "/mine", "--data-root=/data", "--into", "/there", "--no-weights",
+                 "--seeds", "1"]
+    assert cli._portable(arguments) == ["--paper", "nad", "--seeds", "1"]
