@@ -11,6 +11,7 @@ An attack module defines
     apply(images, config, state, seed, split)
                              the trigger: uint8 (N, 3, H, W) -> uint8 (N, 3, H, W); pure and batched;
                              split is "train" or "test" and matters only where the two differ (Refool)
+    TRAINING_ONLY            optional, True where `apply` does not read the state: it is then not published
     poison(images, labels, config, state, seed, num_classes)
                              the training set it leaves behind: `reproduce.poisoning.Poisoned`
 

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from attacks.badnets import CENTRE, CENTRE_GRID, stamp
 from reproduce.poisoning import Context, Poisoned, poison_with_trigger
 
+TRAINING_ONLY = True  # the state is the perturbed training images, which `apply` does not read
+
 # MadryLab poison_attack.py@b18d8ab, "all-corners": both right corners carry this pattern, both left ones its mirror.
 CORNER = ((0, 0, 255), (0, 255, 0), (255, 0, 255))
 MIRRORED = tuple(row[::-1] for row in CORNER)

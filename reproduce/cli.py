@@ -18,9 +18,10 @@ import click
 import torch
 
 from reproduce import data, models
-from reproduce.cells import Task, Victim, with_dependencies
+from reproduce.cells import NONE, Task, Victim, with_dependencies
 from reproduce.engine import Workers, check_data, cost, execute, seconds_per_cost
 from reproduce.errors import UserError
+from reproduce.poisoning import attack_module
 from reproduce.protocols import PAPERS, PROFILES, Entry, Profile, entries
 from reproduce.repair import Repair, Suspect, evaluate_suspect, repair_suspect, usable_devices
 from reproduce.report import write_report
@@ -165,7 +166,10 @@ def status(**selected: Any) -> None:
 @click.option("--into", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the copy goes.")
 @click.option("--no-weights", is_flag=True, help="Leave out the victims' weights and triggers too.")
 def export(into: Path, no_weights: bool, **selected: Any) -> int:
-    """Copy finished runs, victims with their weights and defenses without, and write their report: for publishing."""
+    """Copy finished runs, victims with their weights and defenses without, and write their report: for publishing.
+
+    Triggers that only the victim's training needed are left out: they are large, and the seed gives them again.
+    """
     selection = Selection(**selected)
     profile = selection.profile
     results = Results(Store(selection.place), selection.entries(profile))
@@ -173,8 +177,11 @@ def export(into: Path, no_weights: bool, **selected: Any) -> int:
     for task in with_dependencies([entry.task for entry in results.entries]):
         found = results.store.find(task.name)
         if found:
-            kept = isinstance(task, Victim) and not no_weights
-            Store(into).adopt(found, () if kept else ("model.safetensors", "trigger.safetensors"))
+            left_out = ["model.safetensors", "trigger.safetensors"]
+            if isinstance(task, Victim) and not no_weights:
+                trained = task.attack != NONE and hasattr(attack_module(task.attack), "TRAINING_ONLY")
+                left_out = ["trigger.safetensors"] if trained else []
+            Store(into).adopt(found, tuple(left_out))
     return _report(Results(Store(into), results.entries), profile, into)
 
 

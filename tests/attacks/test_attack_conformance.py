@@ -84,6 +84,15 @@ def test_state_is_plain_tensors_and_fixed_by_the_seed(case: tuple[Any, Any], con
     assert all(torch.equal(value, first[key]) for key, value in loads(saves(first)).items())
 
 
+def test_a_state_for_training_only_is_not_read_by_apply(case: tuple[Any, Any], context: Context) -> None:
+    module, config = case
+    if not hasattr(module, "TRAINING_ONLY"):
+        pytest.skip("its state is part of the trigger")
+    images = context.images[:8]
+    assert torch.equal(module.apply(images, config, module.prepare(config, context), 7, "test"),
+                       module.apply(images, config, {}, 7, "test"))
+
+
 def test_apply(case: tuple[Any, Any], context: Context) -> None:
     module, config = case
     state = module.prepare(config, context)
