@@ -156,7 +156,7 @@ def attention_maps(results: Results, study: Study, shown: Sequence[str], attack:
         return None
     # The most complete set of rows; on a tie described before released, then the first seed.
     _count, variant, seed, runs = max(found, key=lambda candidate: candidate[0])
-    samples = {row.defense: results.named(row.run).arrays("samples") for row in runs.itertuples()}
+    samples = {row.defense: results.finished(row.run).arrays("samples") for row in runs.itertuples()}
     kinds = ("clean", "triggered")
     first = next(iter(samples.values()))
     layers = [key.removeprefix("attention_clean_") for key in first if key.startswith("attention_clean_")]

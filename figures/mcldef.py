@@ -66,8 +66,7 @@ def inverted(results: Results) -> Figure | None:
     """The inverted trigger beside the true one."""
     shown = []
     for line in _first(results, (METHOD,)).itertuples():
-        run = results.named(line.run)
-        assert run is not None, f"{line.run} was finished a moment ago"
+        run = results.finished(line.run)
         samples, trigger = run.arrays("samples"), run.tensors("defense")["trigger"].numpy()
         true = samples["triggered"][0].astype(int) - samples["images"][0]
         shown.append((line.attack, line.run, true, np.rint(255 * trigger).astype(int)))
@@ -101,8 +100,7 @@ def projection(results: Results, smoke: bool, attack: str = "BadNets") -> Figure
     frame = _first(results, PROJECTED)
     found = {}
     for line in frame[frame.attack == attack].itertuples():
-        run = results.named(line.run)
-        assert run is not None, f"{line.run} was finished a moment ago"
+        run = results.finished(line.run)
         arrays = run.arrays("samples")
         if "features_triggered" in arrays:
             found[line.defense] = (line.run, arrays)

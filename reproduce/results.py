@@ -51,6 +51,12 @@ class Results:
         """The finished run of that name."""
         return self._look(name)[1]
 
+    def finished(self, name: str) -> Run:
+        """The run of that name, which a frame has just called done."""
+        run = self.named(name)
+        assert run is not None, f"{name} was finished a moment ago"
+        return run
+
     def _look(self, name: str) -> tuple[str, Run | None]:
         if name not in self._seen:
             run = self.store.find(name)

@@ -42,8 +42,7 @@ def term_sizes(results: Results) -> Table:
     frame = frame[(frame.defense == "ARGD") & (frame.status == "done")]
     found = []
     for line in frame.itertuples():
-        run = results.named(line.run)
-        assert run is not None, f"{line.run} was finished a moment ago"
+        run = results.finished(line.run)
         epochs = [row for row in run.history() if row["phase"] == "student"]
         for when, row in (("first", epochs[0]), ("last", epochs[-1])):
             nodes = sum(value for key, value in row.items() if key.startswith("node."))

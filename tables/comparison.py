@@ -244,8 +244,7 @@ def cost(results: Results, study: Study, items: Sequence[str] = ("main",)) -> Ta
 
 
 def _hardware(results: Results, name: str) -> str:
-    run = results.named(name)
-    assert run is not None, f"{name} was finished a moment ago"
+    run = results.finished(name)
     environment = run.json("environment")
     device = environment.get("device", "unknown")
     return f"{environment.get('cpu', 'cpu')}, {environment.get('threads', '?')} threads" if device == "cpu" else device

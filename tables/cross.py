@@ -100,7 +100,7 @@ def cost(results: Results, measures: Sequence[str] = tuple(COSTS)) -> Table:
     """Seconds, images that went through the victim or a copy of it, and values of the model that were changed."""
     frame = main_rows(results)
     frame = measured(frame[frame.defense != BEFORE], "seconds")
-    infos = [results.named(name).json("metrics")["info"] for name in frame.run]
+    infos = [results.finished(name).json("metrics")["info"] for name in frame.run]
     frame = frame.assign(images=[info.get("images_seen", np.nan) for info in infos],
                          changed=[info.get("values_changed", np.nan) for info in infos])
     data = estimates(frame, ["defense"], measures) if len(frame) else pd.DataFrame()

@@ -139,8 +139,7 @@ def differences(paired: list[Pair]) -> dict[str, list[float]]:
 
 def outcomes(results: Results, name: str, measure: str) -> np.ndarray:
     """Per-sample success of a finished run, bool (N,)."""
-    run = results.named(name)
-    assert run is not None, f"{name} was finished a moment ago"
+    run = results.finished(name)
     return run.predictions().hits()[measure]
 
 

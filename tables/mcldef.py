@@ -45,8 +45,7 @@ def triggers(results: Results) -> Table:
     frame = frame[frame.defense.isin(["NC", METHOD, ESTIMATED, RANDOM]) & (frame.status == "done")]
     numbers = []
     for line in frame.itertuples():
-        run = results.named(line.run)
-        assert run is not None, f"{line.run} was finished a moment ago"
+        run = results.finished(line.run)
         info = run.json("metrics")["info"]
         wanted = int(run.predictions().wanted[0])
         numbers.append({
@@ -88,8 +87,7 @@ def target_class(results: Results) -> Table:
 
 
 def _target_accuracy(results: Results, name: str) -> float:
-    run = results.named(name)
-    assert run is not None, f"{name} was finished a moment ago"
+    run = results.finished(name)
     predictions = run.predictions()
     right = predictions.hits()["acc"]
     others = np.zeros(len(right), dtype=bool)

@@ -64,8 +64,7 @@ def history(results: Results) -> pd.DataFrame:
     """Per-epoch measures of the "curves" runs: defense, seed, run, epoch (0 = before), acc, acc_nontarget, asr, ra."""
     found = []
     for row in measured(results.frame(PAPER, "curves"), "asr").itertuples():
-        run = results.named(row.run)
-        assert run is not None, f"{row.run} was finished a moment ago"
+        run = results.finished(row.run)
         lines = [line for line in run.history() if line.get("asr") is not None]
         # NAD's history also has its teacher's epochs; the student's come last.
         found += [{"defense": row.defense, "seed": row.seed, "run": row.run, "status": "done",
