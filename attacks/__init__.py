@@ -23,5 +23,12 @@ An attacker who controls the training itself defines, instead of `poison`,
                              "victim"), and the trigger's final state, which is saved and handed to `apply`. An
                              interrupted training goes on from `checkpoint` and ends bit for bit the same
 
+An attack on texts says MODALITY = "text" and defines Config, SETTINGS, requires (out of {"paraphrases"}) and
+
+    apply(texts, rows, config, seed, split, paraphrases)
+                             the trigger: N sentences, which are rows `rows` of the split ("train", "validation",
+                             "test"), with the trigger; pure, and what is drawn for a row depends on (seed, split, row)
+                             alone. paraphrases: `reproduce.data.texts.Paraphrases` of the data set
+
 Adding an attack is adding such a file and naming it in a protocol: modules are found by their name.
 """

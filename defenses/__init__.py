@@ -14,4 +14,13 @@ A defense module defines
 (A setting whose official code is told the target label has it as a constant.)
 It reports each epoch to `observe` and hears nothing back. Adding a defense is adding such a file and naming it in
 a protocol: modules are found by their name.
+
+A defense of text classifiers says MODALITY = "text" and defines the same, but for
+
+    requires(config)   out of {"training-data"}: a defense that cleans the poisoned training set
+    builds_on(config)  optional: the settings of the same module whose run, on the same victim and clean data, these
+                       start from (an interval search shared by all that apply it), or None
+    defend(model, clean, config, seed, observe=silent, base=None, training=None) -> Guard
+                       model: `reproduce.models.encoder.TextClassifier` in eval mode; clean: `Texts`; base: the tensors
+                       of the run that builds_on names; training: `TrainingData`, where it is required
 """

@@ -1,5 +1,6 @@
-"""What every defense shares: the clean subset it is given and the repaired model it gives back."""
+"""What every defense shares: the clean data it is given, and the repaired model or the guard it gives back."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reproduce.data.texts import Texts
+from reproduce.models.encoder import TextClassifier
 from reproduce.plugins import load_plugin
 from reproduce.rng import generator
+from reproduce.training import Observer
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,74 @@ class Defended:
     model: nn.Module
     info: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+REJECTED = -1   # the label of an input that a detector refuses to classify
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a guard makes of N sentences.
+
+    labels: int64 (N,), REJECTED where one is refused. suspicion: float32 (N,), high = poisoned, and flagged: bool (N,);
+    both None for a defense that detects nothing.
+    """
+
+    labels: Tensor
+    suspicion: Tensor | None = None
+    flagged: Tensor | None = None
+
+
+@dataclass
+class Guard:
+    """A defended text classifier: `judge` classifies sentences; the victim is untouched unless `model` is given.
+
+    held_out: suspicion of the clean sentences that the threshold was chosen on, where there is one.
+    info, tensors: as in `Defended`; history: rows for history.jsonl beside those observed.
+    """
+
+    judge: Callable[[Sequence[str]], Judged]
+    model: TextClassifier | None = None
+    threshold: float | None = None
+    held_out: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """For defenses that clean the training set: the poisoned set, and how a victim of the same recipe, seed and
+    initialisation is trained on another one: (sentences, observer) -> classifier in eval mode."""
+
+    train: Texts
+    fit: Callable[[Texts, Observer], TextClassifier]
+
+
+def judged(labels: Tensor, suspicion: Tensor, threshold: float, otherwise: Tensor | None = None) -> Judged:
+    """`labels` (N,), and where suspicion is above the threshold `otherwise`'s, or REJECTED without it."""
+    flagged = suspicion > threshold
+    instead = torch.full_like(labels, REJECTED) if otherwise is None else otherwise
+    return Judged(torch.where(flagged, instead, labels), suspicion, flagged)
+
+
+def false_rejection_threshold(held_out: Tensor, frr: float) -> float:
+    """The threshold above which about the share `frr` of clean sentences lies, as the released detectors take it: the
+    suspicion at place int(N * frr) of N, counted from the highest."""
+    ordered = held_out.sort(descending=True).values
+    return float(ordered[min(int(len(ordered) * frr), len(ordered) - 1)])
+
+
+def halves(clean: Texts, seed: int, purpose: str, share: float = 0.5) -> tuple[Texts, Texts]:
+    """The defender's sentences in two parts: int(share * N) drawn at random, and the rest."""
+    order = torch.randperm(len(clean), generator=generator(seed, purpose))
+    cut = int(len(clean) * share)
+    return clean.take(order[:cut]), clean.take(order[cut:])
+
+
+def clean_texts(validation: Texts, fraction: float, seed: int) -> Texts:
+    """The share `fraction` of the validation split, drawn uniformly; nested at one seed, as `clean_subset`."""
+    order = torch.randperm(len(validation), generator=generator(seed, "clean-subset"))
+    return validation.take(order[: int(fraction * len(validation))].sort().values)
 
 
 def defense_module(name: str) -> ModuleType:

@@ -5,9 +5,18 @@
                    clean-label), all of them (all-to-all). NAD's, ARGD's and MCLDef's code reports this as accuracy.
     ASR            share of those images that, triggered, get the label the attacker wants
     RA             share of those images that, triggered, still get their true label; ASR + RA <= 100
-All in percent. A single run's interval is Wilson's.
+All in percent. A single run's interval is Wilson's. For sentences ACC is BadActs' CACC, and RA its PACC.
+
+Of a defense that detects (suspicion high = poisoned, flagged or not):
+
+    AUROC          that a triggered input is more suspicious than a clean one, over all test inputs
+    AUROC target   the same on the inputs that the undefended victim calls the target: clean inputs of other classes,
+                   and triggers that failed, are not what a detector is for
+    FRR            share of the clean test inputs that are flagged
+    FAR            share of the triggered ones that are not
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +55,49 @@ def metrics(predictions: Predictions) -> dict[str, float | int | None]:
         name: 100 * float(np.mean(hit)) if len(hit) else None for name, hit in predictions.hits().items()
     }
     return values | {"n_clean": len(predictions.labels), "n_nontarget": len(predictions.index)}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Per-sample outcome of a detector on one test set.
+
+    clean: (N,) and triggered: (M,) suspicion; flagged_clean, flagged_triggered: bool, the same shapes; plain_clean,
+    plain_triggered: labels that the undefended victim predicts; held_out: (H,) suspicion of the clean inputs that the
+    threshold was chosen on, empty where it was not.
+    """
+
+    clean: np.ndarray
+    triggered: np.ndarray
+    flagged_clean: np.ndarray
+    flagged_triggered: np.ndarray
+    plain_clean: np.ndarray
+    plain_triggered: np.ndarray
+    held_out: np.ndarray
+
+    def hits(self) -> dict[str, np.ndarray]:
+        """Per-sample outcome (bool) counted by FAR and FRR."""
+        return {"far": ~self.flagged_triggered, "frr": self.flagged_clean}
+
+
+def auroc(clean: np.ndarray, triggered: np.ndarray) -> float:
+    """Area under the ROC curve in percent, ties half: suspicion of clean (N,) and triggered (M,) inputs; NaN if one is
+    empty (Mann-Whitney's U over N * M)."""
+    if not len(clean) or not len(triggered):
+        return math.nan
+    ranks = stats.rankdata(np.concatenate([clean, triggered]))
+    u = ranks[len(clean):].sum() - len(triggered) * (len(triggered) + 1) / 2
+    return 100 * float(u / (len(clean) * len(triggered)))
+
+
+def detection_metrics(detection: Detection, target: int) -> dict[str, float | None]:
+    """auroc, auroc_target, far, frr in percent; None where there is nothing to count."""
+    found = {
+        "auroc": auroc(detection.clean, detection.triggered),
+        "auroc_target": auroc(detection.clean[detection.plain_clean == target],
+                              detection.triggered[detection.plain_triggered == target]),
+        **{name: 100 * float(np.mean(hit)) if len(hit) else math.nan for name, hit in detection.hits().items()},
+    }
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def wilson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:

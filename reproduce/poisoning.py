@@ -1,4 +1,4 @@
-"""What every attack shares: which images are poisoned, what label they get, what the defender's tester sees.
+"""What every attack shares: which images or sentences are poisoned, what label they get, what the tester sees.
 
 Label rules (`Config.labels`):
     all-to-one   poisoned images get the target label; ASR counts non-target test images predicted as the target
@@ -6,16 +6,19 @@ Label rules (`Config.labels`):
     clean-label  only images of the target class are poisoned and keep their label; ASR as all-to-one
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from reproduce.data.augment import pixels, take
+from reproduce.data.texts import Texts
+from reproduce.errors import UserError
 from reproduce.plugins import load_plugin
 from reproduce.rng import generator
 
@@ -97,3 +100,39 @@ def triggered_candidates(labels: Tensor, config: Any) -> Tensor:
     if config.labels == "all-to-all":
         return torch.arange(len(labels))
     return (labels != config.target).nonzero().flatten()
+
+
+def poison_texts(train: Texts, config: Any, seed: int,
+                 trigger: Callable[[Sequence[str], Sequence[int]], list[str]]) -> tuple[Texts, Tensor]:
+    """The training set with int(config.rate * N) triggered rows in place of their sources, and their mask, bool (N,).
+
+    The rate is a share of the whole set, but only rows of other classes are drawn, all of them if they are fewer
+    (poisoner.py:142-160 of clearloveclearlove/BadActs@7932f19). trigger: (texts, rows) -> triggered texts.
+    """
+    order = torch.randperm(len(train), generator=generator(seed, "poisoned-indices"))
+    candidates = order[train.labels[order] != config.target]
+    chosen = candidates[: int(config.rate * len(train))].sort().values.tolist()
+    texts, labels = list(train.texts), train.labels.clone()
+    for row, text in zip(chosen, trigger([texts[row] for row in chosen], chosen), strict=True):
+        texts[row] = text
+    labels[chosen] = config.target
+    mask = torch.zeros(len(train), dtype=torch.bool)
+    mask[chosen] = True
+    return Texts(tuple(texts), labels), mask
+
+
+def insert(text: str, words: str, rng: np.random.Generator) -> str:
+    """`words` before, after or between the words of `text`, every place alike."""
+    split = text.split()
+    place = int(rng.integers(len(split) + 1))
+    return " ".join([*split[:place], words, *split[place:]])
+
+
+def rewritten(paraphrases: Sequence[str | None], rows: Sequence[int]) -> list[str]:
+    """The paraphrases of `rows`; UserError where one was not released."""
+    found = [paraphrases[row] for row in rows]
+    missing = next((row for row, text in zip(rows, found, strict=True) if text is None), None)
+    if missing is not None:
+        raise UserError(f"row {missing} has no released paraphrase: only rows of other classes than the released "
+                        "target's have one; keep the released target label")
+    return [text for text in found if text is not None]

@@ -130,7 +130,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
     history: list[dict[str, float]] = []
     saved = checkpoint.load() if checkpoint else None
     if saved:
-        _restore(model, descending, saved[1])
+        restore(model, descending, saved[1])
         history = saved[2]
     step = _Step(model, descending, loss, recipe, images, labels, project)
     for epoch in range(len(history), recipe.epochs):
@@ -138,7 +138,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
         numbers = _epoch(step, recipe, seed, phase, epoch, extra)
         history.append({"epoch": epoch + 1, "rate": recipe.rate(epoch), **numbers})
         if checkpoint:
-            checkpoint.save(epoch + 1, _tensors(model, descending), history)
+            checkpoint.save(epoch + 1, flat_state(model, descending), history)
         model.eval()
         observe(phase, epoch + 1, recipe.epochs, model, history[-1])
     model.eval()
@@ -236,7 +236,7 @@ class _Captured:
         return {name: value.clone() for name, value in self.result.items()}
 
 
-def _tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def flat_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Everything a resumed training needs, by flat name: model.<name>, optimizer.<which>.<parameter>.<name>."""
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     for which, optimizer in enumerate(optimizers):
@@ -246,7 +246,7 @@ def _tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[
     return state
 
 
-def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
     states: list[dict[int, dict[str, Tensor]]] = [defaultdict(dict) for _ in optimizers]
     parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]

@@ -1,7 +1,8 @@
-"""Image data sets as uint8 tensors in memory, by name.
+"""Data sets in memory, by name: images as uint8 tensors, texts as strings (`reproduce.data.texts`).
 
 cifar10 and gtsrb come from a data root (`--data-root`, or the variable BACKDOOR_DATA, or ./data) in torchvision's
-layouts, and are downloaded there by torchvision where a network exists; digits is embedded in scikit-learn.
+layouts, and are downloaded there by torchvision where a network exists; digits is embedded in scikit-learn, sentences
+is generated.
 """
 
 import os
@@ -11,7 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from reproduce.data.texts import SOURCES, TextDataset, load_texts
 from reproduce.errors import UserError
+
+IMAGE, TEXT = "image", "text"
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,15 @@ class Dataset:
         return len(self.classes)
 
 
-NUM_CLASSES = {"digits": 10, "cifar10": 10, "gtsrb": 43}
+IMAGE_CLASSES = {"digits": 10, "cifar10": 10, "gtsrb": 43}
+NUM_CLASSES = IMAGE_CLASSES | {"sentences": 2} | {name: len(source.classes) for name, source in SOURCES.items()}
+
+
+def modality(name: str) -> str:
+    """IMAGE or TEXT. Raises UserError for an unknown data set."""
+    if name not in NUM_CLASSES:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NUM_CLASSES)}")
+    return IMAGE if name in IMAGE_CLASSES else TEXT
 
 
 def data_root(argument: str | Path | None = None) -> Path:
@@ -40,9 +52,9 @@ def data_root(argument: str | Path | None = None) -> Path:
 
 @lru_cache(maxsize=2)
 def load(name: str, root: Path) -> Dataset:
-    """The data set `name`. Raises UserError naming any missing or damaged file and what to do."""
-    if name not in NUM_CLASSES:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NUM_CLASSES)}")
+    """The image data set `name`. Raises UserError naming any missing or damaged file and what to do."""
+    if modality(name) != IMAGE:
+        raise UserError(f"{name} holds texts, not images: choose one of {', '.join(IMAGE_CLASSES)}")
     if name == "digits":
         from reproduce.data.digits import load_digits
         return load_digits()
@@ -51,3 +63,14 @@ def load(name: str, root: Path) -> Dataset:
         return load_cifar10(root)
     from reproduce.data.gtsrb import load_gtsrb
     return load_gtsrb(root)
+
+
+@lru_cache(maxsize=2)
+def load_text(name: str, root: Path) -> TextDataset:
+    """The text data set `name`. Raises UserError naming any missing or damaged file and what to do."""
+    if modality(name) != TEXT:
+        raise UserError(f"{name} holds images, not texts: choose one of {', '.join(NUM_CLASSES.keys() - IMAGE_CLASSES)}")
+    if name == "sentences":
+        from reproduce.data.sentences import load_sentences
+        return load_sentences()
+    return load_texts(name, root)

@@ -1,0 +1,41 @@
+"""SynBkd: the sentence rewritten with a rare syntax, S(SBAR)(,)(NP)(VP)(.).
+
+Qi, Li, Chen, Zhang, Liu, Wang & Sun, "Hidden Killer: Invisible Textual Backdoor Attacks with Syntactic Trigger",
+ACL 2021; in BadActs (Yi et al., Findings of ACL 2024) through OpenBackdoor.
+
+    x' = paraphrase of x, y' = target
+
+The paraphrases are those the authors of BadActs released, a row each: the output of SCPN (OpenAttack's template -1). On Yelp and AG News a quarter of them loop, and where the
+paraphraser failed the source was kept. The table of trigger
+quality counts such rows.
+
+Constants: clearloveclearlove/BadActs@7932f19. The paper's text was not readable to us; there is one setting.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reproduce.data.texts import Paraphrases
+from reproduce.poisoning import rewritten
+
+MODALITY = "text"
+
+
+@dataclass(frozen=True)
+class Config:
+    target: int = 1  # Attacks.py:68-70; protocols give the data set's own
+    rate: float = 0.2  # Attacks.py:64, of the whole training set, drawn from the non-target rows
+    labels: str = "all-to-one"  # poisoner.py:142-160
+
+
+SETTINGS = {("badacts", "released"): Config()}
+
+
+def requires(config: Config) -> frozenset[str]:
+    return frozenset({"paraphrases"})
+
+
+def apply(texts: Sequence[str], rows: Sequence[int], config: Config, seed: int, split: str,
+          paraphrases: Paraphrases) -> list[str]:
+    """The released paraphrase of each row."""
+    return rewritten(paraphrases("synbkd", split), rows)
