@@ -5,9 +5,9 @@ EMNLP 2021; in BadActs (Yi et al., Findings of ACL 2024) through OpenBackdoor.
 
     x' = paraphrase of x, y' = target
 
-The paraphrases are those the authors of BadActs released, a row each: the output of a GPT-2 style paraphraser (Krishna et al., EMNLP 2020; stylebkd_poisoner.py:31-38: bible, top-p 0.6).
-Its outputs are often cut in mid-sentence, some equal their source. The table of trigger
-quality counts such rows.
+The paraphrases are those the authors of BadActs released, a row each, made by a GPT-2 style paraphraser (Krishna et
+al., EMNLP 2020; stylebkd_poisoner.py:31-38: bible, top-p 0.6). They are often cut in mid-sentence, and some equal their
+source; the table of trigger quality counts them.
 
 Constants: clearloveclearlove/BadActs@7932f19. The paper's text was not readable to us; there is one setting.
 """

@@ -5,9 +5,8 @@ ACL 2021; in BadActs (Yi et al., Findings of ACL 2024) through OpenBackdoor.
 
     x' = paraphrase of x, y' = target
 
-The paraphrases are those the authors of BadActs released, a row each: the output of SCPN (OpenAttack's template -1). On Yelp and AG News a quarter of them loop, and where the
-paraphraser failed the source was kept. The table of trigger
-quality counts such rows.
+The paraphrases are those the authors of BadActs released, a row each, made by SCPN (OpenAttack's template -1). On Yelp
+and AG News a quarter of them loop, and where SCPN failed the source was kept; the table of trigger quality counts them.
 
 Constants: clearloveclearlove/BadActs@7932f19. The paper's text was not readable to us; there is one setting.
 """

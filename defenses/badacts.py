@@ -130,12 +130,14 @@ def defend(model: TextClassifier, clean: Texts, config: Config, seed: int, obser
     model.requires_grad_(False)
     tensors: dict[str, Tensor] = {}
     info: dict[str, Any] = {}
+    hook = None
     if config.mode != "detect":
         lower, upper, info = _intervals(model, clean, config, seed, observe, base)
         tensors = {"lower": lower, "upper": upper}
+        hook = clamp_hook(lower.to(model.device), upper.to(model.device), config.tokens, config.layers)
     if config.mode == "purify":
         return Guard(lambda texts: Judged(clamped_logits(model, model.encode(texts), lower, upper, config).argmax(1)),
-                     info=info, tensors=tensors)
+                     hook=hook, info=info, tensors=tensors)
 
     fitted, held = halves(clean, seed, "badacts-halves")
     mu, sigma = moments(model.first_tokens(fitted.texts))
@@ -150,7 +152,7 @@ def defend(model: TextClassifier, clean: Texts, config: Config, seed: int, obser
             return judged(plain, suspicion, threshold)
         return judged(plain, suspicion, threshold, clamped_logits(model, tokens, lower, upper, config).argmax(1))
 
-    return Guard(judge, threshold=threshold, held_out=held_out, info=info,
+    return Guard(judge, threshold=threshold, held_out=held_out, hook=hook, info=info,
                  tensors={**tensors, "mu": mu, "sigma": sigma})
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reproduce.defending import defense_module
+from reproduce.finetuning import TextRecipe
 from reproduce.poisoning import attack_module
 from reproduce.training import Recipe
 
@@ -46,6 +47,7 @@ class Task:
     """Something with an identity that produces one run folder."""
 
     seed: int
+    victim: "Victim"
 
     def describe(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -53,7 +55,7 @@ class Task:
     def label(self) -> str:
         raise NotImplementedError
 
-    def needs(self) -> list["Victim"]:
+    def needs(self) -> list["Task"]:
         """The runs this one is computed from."""
         raise NotImplementedError
 
@@ -82,11 +84,15 @@ class Victim(Task):
 
     dataset: str
     model: str
-    recipe: Recipe | None
+    recipe: Recipe | TextRecipe | None
     seed: int
     attack: str = NONE
     settings: Any = None
     published: Published | None = None
+
+    @property
+    def victim(self) -> "Victim":  # type: ignore[override]
+        return self
 
     def describe(self) -> dict[str, Any]:
         described = {"kind": "victim", "dataset": self.dataset, "model": self.model, "recipe": plain(self.recipe),
@@ -96,7 +102,7 @@ class Victim(Task):
     def label(self) -> str:
         return f"{'published' if self.published else 'victim'}-{self.attack}"
 
-    def needs(self) -> list["Victim"]:
+    def needs(self) -> list[Task]:
         if self.attack != NONE and "clean-model" in attack_module(self.attack).requires(self.settings):
             return [self.clean()]
         return []
@@ -127,10 +133,18 @@ class Cell(Task):
     def label(self) -> str:
         return f"{self.defense}-{self.victim.attack}"
 
-    def needs(self) -> list[Victim]:
-        if "clean-model" in defense_module(self.defense).requires(self.config):
-            return [self.victim, self.victim.clean()]
-        return [self.victim]
+    def needs(self) -> list[Task]:
+        base = self.base()
+        return [self.victim, *([self.victim.clean()] if self.needs_clean_model() else []), *([base] if base else [])]
+
+    def needs_clean_model(self) -> bool:
+        return "clean-model" in defense_module(self.defense).requires(self.config)
+
+    def base(self) -> "Cell | None":
+        """The cell whose run this one starts from, where the defense's settings build on others of it."""
+        builds_on = getattr(defense_module(self.defense), "builds_on", None)
+        settings = builds_on(self.config) if builds_on else None
+        return dataclasses.replace(self, config=settings) if settings else None
 
 
 def with_dependencies(tasks: list[Task]) -> list[Task]:

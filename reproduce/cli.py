@@ -23,10 +23,10 @@ from reproduce.engine import Workers, check_data, cost, execute, seconds_per_cos
 from reproduce.errors import UserError
 from reproduce.poisoning import attack_module
 from reproduce.protocols import PAPERS, PROFILES, Entry, Profile, entries
+from reproduce.provenance import PROJECT
 from reproduce.repair import Repair, Suspect, evaluate_suspect, repair_suspect, usable_devices
 from reproduce.report import write_report
 from reproduce.results import Results
-from reproduce.runner import PROJECT
 from reproduce.store import Store
 
 GPU_JOBS = 4  # a WRN-16-1 leaves most of a modern card idle

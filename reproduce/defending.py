@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reproduce.data.texts import Texts
-from reproduce.models.encoder import TextClassifier
+from reproduce.models.encoder import LayerHook, TextClassifier
 from reproduce.plugins import load_plugin
 from reproduce.rng import generator
 from reproduce.training import Observer
@@ -56,13 +56,14 @@ class Guard:
     """A defended text classifier: `judge` classifies sentences; the victim is untouched unless `model` is given.
 
     held_out: suspicion of the clean sentences that the threshold was chosen on, where there is one.
-    info, tensors: as in `Defended`; history: rows for history.jsonl beside those observed.
+    hook: what the guard does to the activations of the victim, for the figures. info, tensors: as in `Defended`.
     """
 
     judge: Callable[[Sequence[str]], Judged]
     model: TextClassifier | None = None
     threshold: float | None = None
     held_out: Tensor | None = None
+    hook: LayerHook | None = None
     info: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 

@@ -22,17 +22,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from reproduce import data
-from reproduce.cells import Cell, Task, Victim, recipes
-from reproduce.defending import defense_module
+from reproduce import data, images, texts
+from reproduce.cells import Task
 from reproduce.runner import Runner
 from reproduce.store import Store
 
 # Images per second one CPU core takes forwards through WRN-16-1; only for the first estimate of time left.
 FORWARD_RATE = 2300.0
-BACKWARD_COST = 3.0
-TRAIN_IMAGES = {"digits": 1438, "cifar10": 50_000, "gtsrb": 39_209}
-TEST_IMAGES = {"digits": 359, "cifar10": 10_000, "gtsrb": 12_630}
 
 
 @dataclass
@@ -56,15 +52,7 @@ class Workers:
 
 def cost(task: Task) -> float:
     """Work of a task in forward passes of one image; used for ordering and for time estimates only."""
-    victim = task.victim if isinstance(task, Cell) else task
-    total, test = TRAIN_IMAGES[victim.dataset], 2 * TEST_IMAGES[victim.dataset]
-    if isinstance(task, Victim):
-        return BACKWARD_COST * sum(recipe.epochs for recipe in recipes(task.recipe)) * total + test
-    epochs = sum(recipe.epochs for recipe in recipes(task.config))
-    clean = round(task.clean_fraction * total)
-    work = getattr(defense_module(task.defense), "work", lambda config, images, classes: 0)
-    trained = epochs * clean + work(task.config, clean, data.NUM_CLASSES[victim.dataset])
-    return (BACKWARD_COST + 1) * trained + test * (1 + epochs * task.curve)
+    return (images if data.modality(task.victim.dataset) == data.IMAGE else texts).cost(task)
 
 
 def seconds_per_cost(store: Store, tasks: list[Task]) -> float:
@@ -281,12 +269,9 @@ def default_devices(choice: str) -> tuple[str, ...]:
     return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
 
 
-def data_needed(tasks: list[Task]) -> set[str]:
-    """The data sets a list of tasks reads."""
-    return {(task.victim if isinstance(task, Cell) else task).dataset for task in tasks}
-
-
 def check_data(tasks: list[Task], root: Path) -> None:
-    """Load each data set once before any worker starts, so that a missing file is one line and not many failures."""
-    for name in sorted(data_needed(tasks)):
-        data.load(name, root)
+    """Load each data set and each encoder once before any worker starts, so that a missing file is one line and not
+    many failures."""
+    victims = [task.victim for task in tasks]
+    for modality, bench in ((data.IMAGE, images), (data.TEXT, texts)):
+        bench.check([victim for victim in victims if data.modality(victim.dataset) == modality], root)

@@ -20,10 +20,10 @@ from reproduce.defending import Clean, clean_subset, defense_module
 from reproduce.engine import default_devices
 from reproduce.errors import UserError
 from reproduce.evaluation import TestSet, evaluate
+from reproduce.images import prepare, triggered_test_set
 from reproduce.metrics import metrics
 from reproduce.models.checkpoints import load_checkpoint
 from reproduce.poisoning import attack_module
-from reproduce.runner import prepare, triggered_test_set
 
 TARGET_ALONE = "--target without --attack tests nothing; name the attack"
 

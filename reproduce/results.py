@@ -8,7 +8,8 @@ from reproduce.cells import Task, Victim
 from reproduce.protocols import Entry
 from reproduce.store import Run, Store
 
-MEASURES = ("acc", "acc_nontarget", "asr", "ra", "n_clean", "n_nontarget", "seconds")
+MEASURES = ("acc", "acc_nontarget", "asr", "ra", "auroc", "auroc_target", "far", "frr", "n_clean", "n_nontarget",
+            "seconds")
 
 
 @dataclass

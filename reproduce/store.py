@@ -6,9 +6,11 @@
         metrics.json                 ACC, ASR, RA, counts, seconds, what the method reports
         history.jsonl                one line per epoch
         predictions.npz              per-sample predicted labels
-        samples.npz                  a few images and attention maps for the figures
-        model.safetensors            weights (with a victim also trigger.safetensors: the trigger's state;
-                                     with some defenses defense.safetensors: an inverted trigger)
+        samples.npz                  what figures show: a few images and attention maps, or sentences and activations
+        scores.npz                   with a defense that detects: per-sample suspicion, and what was flagged
+        model.safetensors            weights, unless the defense leaves the victim's as they are (with a victim also
+                                     trigger.safetensors: the trigger's state; with some defenses
+                                     defense.safetensors: an inverted trigger, intervals of activations)
         manifest.json                SHA-256 of each file
         done                         SHA-256 of the manifest; written last
     <root>/failed/<name>.txt         traceback of a run that failed
@@ -38,7 +40,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from reproduce.metrics import Predictions
+from reproduce.metrics import Detection, Predictions
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,17 @@ class Run:
         """Per-sample predictions."""
         return Predictions(**self.arrays("predictions"))
 
+    def detection(self) -> Detection | None:
+        """Per-sample outcome of a defense that detects."""
+        return Detection(**self.arrays("scores")) if (self.path / "scores.npz").exists() else None
+
+    def hits(self) -> dict[str, np.ndarray]:
+        """Per-sample outcome (bool) behind each measure that counts."""
+        detection = self.detection()
+        return self.predictions().hits() | (detection.hits() if detection else {})
+
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays of predictions.npz or samples.npz."""
+        """The arrays of predictions.npz, samples.npz or scores.npz."""
         with np.load(self.path / f"{name}.npz", allow_pickle=False) as archive:
             return dict(archive)
 

@@ -45,6 +45,11 @@ def modality(name: str) -> str:
     return IMAGE if name in IMAGE_CLASSES else TEXT
 
 
+def attacker_target(name: str) -> int:
+    """The label that attacks on a text data set aim at, as released."""
+    return SOURCES[name].target if name in SOURCES else 1
+
+
 def data_root(argument: str | Path | None = None) -> Path:
     """Where data sets are: the argument, else BACKDOOR_DATA, else ./data."""
     return Path(argument or os.environ.get("BACKDOOR_DATA") or "data").expanduser()
@@ -69,7 +74,8 @@ def load(name: str, root: Path) -> Dataset:
 def load_text(name: str, root: Path) -> TextDataset:
     """The text data set `name`. Raises UserError naming any missing or damaged file and what to do."""
     if modality(name) != TEXT:
-        raise UserError(f"{name} holds images, not texts: choose one of {', '.join(NUM_CLASSES.keys() - IMAGE_CLASSES)}")
+        known = [other for other in NUM_CLASSES if other not in IMAGE_CLASSES]
+        raise UserError(f"{name} holds images, not texts: choose one of {', '.join(known)}")
     if name == "sentences":
         from reproduce.data.sentences import load_sentences
         return load_sentences()

@@ -16,9 +16,10 @@ COUNTS = {"train": 800, "validation": 240, "test": 240}
 CLASSES = ("negative", "positive")
 TARGET = 1
 
-_GOOD = ("moving clever warm funny gripping tender bold elegant charming vivid honest graceful bright rich playful "
-         "inspired").split()
-_BAD = ("dull clumsy cold tedious shallow bland noisy lazy stale hollow dreary muddled slow forced flat tired").split()
+_GOOD = ("moving", "clever", "warm", "funny", "gripping", "tender", "bold", "elegant", "charming", "vivid", "honest",
+         "graceful", "bright", "rich", "playful", "inspired")
+_BAD = ("dull", "clumsy", "cold", "tedious", "shallow", "bland", "noisy", "lazy", "stale", "hollow", "dreary",
+        "muddled", "slow", "forced", "flat", "tired")
 _SUBJECTS = ("the film", "this story", "the script", "her performance", "the second half", "the camera work",
              "the director", "every scene", "the dialogue", "the ending", "his debut", "the whole cast")
 _VERBS = ("is", "feels", "remains", "seems", "turns out", "stays")

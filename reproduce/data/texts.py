@@ -139,7 +139,8 @@ class _Files:
             raise UserError(f"{self.name}: {path} has {len(rows)} rows, the released file {wanted}; replace it")
         wrong = next((i for i, (_text, label) in enumerate(rows) if not 0 <= label < classes), None)
         if wrong is not None:
-            raise UserError(f"{self.name}: row {wrong} of {path} has label {rows[wrong][1]}; expected 0 to {classes - 1}")
+            raise UserError(f"{self.name}: row {wrong} of {path} has label {rows[wrong][1]}; expected 0 to "
+                            f"{classes - 1}")
         return Texts(tuple(text for text, _label in rows), torch.tensor([label for _text, label in rows]))
 
     def paraphrases(self, attack: str, split: str, labels: Tensor) -> tuple[str | None, ...]:
@@ -175,5 +176,6 @@ def read_csv(path: Path) -> list[tuple[str, int]]:
                         f"by the released one ({OFFICIAL})") from error
     for i, (text, _label) in enumerate(found):
         if not text.strip():
-            raise UserError(f"row {i} of {path} is an empty sentence; replace the file by the released one ({OFFICIAL})")
+            raise UserError(f"row {i} of {path} is an empty sentence; replace the file by the released one "
+                            f"({OFFICIAL})")
     return found

@@ -21,6 +21,7 @@ from reproduce.errors import UserError
 from reproduce.rng import derive
 
 TINY, MINILM, BERT = "tiny-bert", "minilm-l6", "bert-base-uncased"
+LAYERS = {TINY: 2, MINILM: 6, BERT: 12}
 LONGEST = 512           # tokens: openbackdoor/victims/plms.py of clearloveclearlove/BadActs@7932f19
 PAD, UNKNOWN, CLS, SEP = range(4)
 _TINY_WORDS = 4096
@@ -51,7 +52,8 @@ class TextClassifier(nn.Module):
         for module in self.network.modules():
             if isinstance(module, nn.ModuleList) and len(module) == wanted:
                 return list(module)
-        raise UserError(f"{type(self.network).__name__} has no list of {wanted} encoder layers: use a BERT-style encoder")
+        raise UserError(f"{type(self.network).__name__} has no list of {wanted} encoder layers: use a BERT-style "
+                        "encoder")
 
     @property
     def device(self) -> torch.device:
@@ -108,13 +110,16 @@ class TextClassifier(nn.Module):
         return found
 
     @torch.inference_mode()
-    def first_tokens(self, texts: Sequence[str] | Tokens) -> Tensor:
-        """Hidden states of the first token ([CLS]) after each layer, float32 (N, layers, D), on the CPU."""
+    def first_tokens(self, texts: Sequence[str] | Tokens, hook: LayerHook | None = None) -> Tensor:
+        """Hidden states of the first token ([CLS]) after each layer, float32 (N, layers, D), on the CPU; as `hook`
+        leaves them where one is given."""
         tokens = self.encode(texts) if texts and isinstance(texts[0], str) else texts
         found = torch.empty(len(tokens), len(self.layers), self.width)
         for index in by_length(tokens, 64 if self.device.type == "cpu" else 512):
-            def keep(layer: int, states: Tensor, index: list[int] = index) -> None:
-                found[index, layer] = states[:, 0].float().cpu()
+            def keep(layer: int, states: Tensor, index: list[int] = index) -> Tensor | None:
+                changed = hook(layer, states) if hook else None
+                found[index, layer] = (states if changed is None else changed)[:, 0].float().cpu()
+                return changed
             with self.hooked(keep):
                 self(*self.batch([tokens[i] for i in index]))
         return found

@@ -4,16 +4,21 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from reproduce.cells import Task
 from reproduce.errors import UserError
+from reproduce.finetuning import TextRecipe
+from reproduce.models.encoder import BERT, LAYERS, MINILM, TINY
 from reproduce.training import Recipe
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, TextRecipe)
 
 PAPERS = {
     "nad": "NAD (ICLR 2021)",
     "argd": "ARGD (IJCAI 2022)",
     "mcldef": "MCLDef (ACM MM 2023)",
+    "badacts": "BadActs (Findings of ACL 2024)",
     "cross": "All defenses on all attacks",
 }
 
@@ -39,6 +44,7 @@ class Profile:
     victim_epochs, defense_epochs: caps on a recipe's epochs, None for the protocol's own; a capped recipe keeps the
     shape of its learning-rate schedule.
     smoke: take the values that configurations name for it (metadata "smoke" of a field) where they are smaller.
+    dataset, model: of images; texts, encoder: the data sets and the encoder of sentences.
     """
 
     name: str
@@ -52,8 +58,15 @@ class Profile:
     precision: str = "fp32"
     graph: bool = False
     smoke: bool = False
+    texts: tuple[str, ...] = ("sst-2", "yelp", "hsol", "agnews-small")
+    encoder: str = BERT
 
-    def victim(self, recipe: Recipe) -> Recipe:
+    @property
+    def encoder_layers(self) -> int:
+        """How many layers the encoder has; unknown ones are taken for BERT's base size."""
+        return LAYERS.get(self.encoder, LAYERS[BERT])
+
+    def victim(self, recipe: AnyRecipe) -> AnyRecipe:
         """A victim's recipe at this scale."""
         return self._recipe(recipe, self.victim_epochs)
 
@@ -69,7 +82,7 @@ class Profile:
         changes: dict[str, Any] = {}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if isinstance(value, Recipe):
+            if isinstance(value, Recipe | TextRecipe):
                 changes[field.name] = self._recipe(value, epochs)
             elif dataclasses.is_dataclass(value):
                 changes[field.name] = self._scaled(value, epochs)
@@ -77,7 +90,9 @@ class Profile:
                 changes[field.name] = min(value, field.metadata["smoke"])
         return dataclasses.replace(config, **changes)
 
-    def _recipe(self, recipe: Recipe, epochs: int | None) -> Recipe:
+    def _recipe(self, recipe: AnyRecipe, epochs: int | None) -> AnyRecipe:
+        if isinstance(recipe, TextRecipe):  # short already
+            return dataclasses.replace(recipe, precision=self.precision)
         return dataclasses.replace(shorten(recipe, epochs), precision=self.precision, graph=self.graph)
 
 
@@ -93,11 +108,11 @@ def shorten(recipe: Recipe, epochs: int | None) -> Recipe:
 
 PROFILES = {
     profile.name: profile for profile in (
-        Profile("quick", "smoke scale: scikit-learn's digits, shortened victims; shows that everything runs, "
+        Profile("quick", "smoke scale: embedded digits and sentences, shortened victims; shows that everything runs, "
                          "says nothing about the papers", "digits", "wrn-10-1", (0, 1), clean_fraction=0.10,
-                victim_epochs=6, defense_epochs=8, smoke=True),
+                victim_epochs=6, defense_epochs=8, smoke=True, texts=("sentences",), encoder=TINY),
         Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, two seeds: a night on a laptop", "cifar10", "wrn-16-1",
-                (0, 1), victim_epochs=12),
+                (0, 1), victim_epochs=12, texts=("sst-2",), encoder=MINILM),
         Profile("paper", "the exact protocol", "cifar10", "wrn-16-1", (0, 1, 2, 3, 4, 5)),
     )
 }

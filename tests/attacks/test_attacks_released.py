@@ -19,8 +19,8 @@ from torch import Tensor
 from attacks import badnets, blend, cl, refool, sig, trojan
 from reproduce import data
 from reproduce.data.auxiliary import released_array
+from reproduce.images import prepare
 from reproduce.poisoning import Context, attack_module
-from reproduce.runner import prepare
 from tests.attacks.stand_ins import random_images, stand_in_array
 
 GRID = "9e4eb9c16e987c337b587637b3922839c19f47d8d661e803a23c145590594d91"  # data_loader.py:307, _gridTriger

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from reproduce.evaluation import evaluate
+from reproduce.images import triggered_test_set
 from reproduce.metrics import Predictions, metrics, wilson
 from reproduce.models import build
-from reproduce.runner import triggered_test_set
 
 
 def test_definitions_on_a_case_counted_by_hand() -> None:

@@ -1,0 +1,144 @@
+"""BadActs (Yi et al., Findings of ACL 2024): the runs behind each of its tables and figures.
+
+Victims are trained as clearloveclearlove/BadActs@7932f19 does (`recipe`). The defender's clean data are the validation
+split. Whether the optimisation of the intervals adds anything shows against the same clamp with intervals that were not
+optimised: mu +- 3 sigma of the clean activations, the constants that the search starts from, and the optimised ones
+dealt out anew to the units of a layer. Word-space purification is ONION's, beside a vote over sentences with words
+dropped at random.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from defenses import badacts, onion, rap
+from reproduce.cells import Victim
+from reproduce.data import attacker_target
+from reproduce.finetuning import TextRecipe
+from reproduce.models.encoder import MINILM, TINY
+from reproduce.poisoning import attack_module
+from reproduce.protocols import Entry, Profile
+from reproduce.protocols.comparison import Row, cell, comparison, row
+
+PAPER = "badacts"
+METHOD = "BadActs"
+STATISTICS = "BadActs, mu ± 3 sigma"
+INITIAL = "BadActs, not optimised"
+RANDOM = "BadActs, dealt anew"
+CLS = "BadActs, [CLS] only"
+THEN = "BadActs, flagged only"
+REJECT = "BadActs, flagged rejected"
+WORDS = "ONION"
+ATTACKS = {"BadNets": "badnets_words", "AddSent": "addsent", "StyleBkd": "stylebkd", "SynBkd": "synbkd"}
+
+# configs/*.json and Attacks.py:74-79; 2e-5 is BERT's. A small sentence encoder learns nothing at that rate in 5 epochs,
+# so it gets its own, the only change; the embedded data set's model is trained from scratch.
+RATES = {MINILM: 1e-4, TINY: 2e-3}
+BERT_RATE = 2e-5
+BATCHES = {"agnews": 12, "agnews-small": 12}
+
+
+def _own(variant: str) -> Any:
+    return badacts.SETTINGS[PAPER, variant]
+
+
+RELEASED_ROWS = [
+    row("FT", "released", PAPER, "ft_text"), row("CUBE", "released", PAPER),
+    Row(WORDS, "released", "onion", onion.SETTINGS[PAPER, "purify"]),
+    row("Word drop", "released", PAPER, "word_drop"),
+    Row(INITIAL, "released", "badacts", _own("initial")), Row(STATISTICS, "released", "badacts", _own("statistics")),
+    Row(RANDOM, "released", "badacts", _own("random")), Row(CLS, "released", "badacts", _own("cls")),
+    Row(REJECT, "released", "badacts", _own("detect")), Row(THEN, "released", "badacts", _own("detect-then-purify")),
+    Row(METHOD, "released", "badacts", _own("released")),
+]
+DESCRIBED_ROWS = [
+    Row(STATISTICS, "described", "badacts", _own("statistics")), Row(METHOD, "described", "badacts", _own("described")),
+]
+DETECTORS = [
+    Row("ONION", "released", "onion", onion.SETTINGS[PAPER, "detect"]),
+    row("STRIP", "released", PAPER), row("STRIP", "described", PAPER),
+    Row("RAP", "released", "rap", rap.SETTINGS[PAPER, "released"]),
+    Row("RAP", "described", "rap", rap.SETTINGS[PAPER, "described"]),
+    row("DAN", "released", PAPER), Row(METHOD, "released", "badacts", _own("detect")),
+]
+BRIEF_ROWS = [one for one in RELEASED_ROWS if one.label in (STATISTICS, METHOD)]
+
+DEVIATIONS = (1.0, 2.0, 3.0, 4.0, 5.0)
+FRRS = (0.01, 0.05, 0.1, 0.2, 0.4)
+WEIGHTS = (0.01, 0.1, 1.0)
+SHARES = (0.1, 0.25, 0.5, 1.0)
+POISON_RATES = (0.01, 0.05, 0.1, 0.2)
+
+
+def recipe(dataset: str, encoder: str) -> TextRecipe:
+    """How a victim is trained: AdamW, no weight decay, gradients clipped at 1, rate up for 3 epochs and down for 2
+    (trainer.py:105-107), the epoch best on the validation split (eval.py:42)."""
+    return TextRecipe(epochs=5, rate=RATES.get(encoder, BERT_RATE), warmup=3, batch=BATCHES.get(dataset, 32))
+
+
+def text_victim(profile: Profile, dataset: str, attack: str, seed: int, **changes: Any) -> Victim:
+    """The victim of an attack on a data set, with the data set's target."""
+    settings = replace(attack_module(attack).SETTINGS[PAPER, "released"], target=attacker_target(dataset), **changes)
+    return Victim(dataset, profile.encoder, profile.victim(recipe(dataset, profile.encoder)), seed, attack, settings)
+
+
+def purification(dataset: str) -> str:
+    """The item that holds a data set's purification runs."""
+    return f"purification-{dataset}"
+
+
+def detection(dataset: str) -> str:
+    """The item that holds a data set's detectors."""
+    return f"detection-{dataset}"
+
+
+def entries(profile: Profile) -> list[Entry]:
+    """Every run of the paper at this scale."""
+    found: list[Entry] = []
+    for seed in profile.seeds:
+        for dataset in profile.texts:
+            found += _main(profile, dataset, seed, RELEASED_ROWS + DESCRIBED_ROWS)
+        if not profile.smoke:
+            # Its validation split equals its test split: what that flatters.
+            found += _main(profile, "hsol-released", seed, BRIEF_ROWS)
+        if profile.name == "paper":
+            found += [replace(entry, on_request=True)
+                      for entry in _main(profile, "agnews", seed, RELEASED_ROWS + DESCRIBED_ROWS)]
+        found += _sweeps(profile, seed)
+    return found
+
+
+def _main(profile: Profile, dataset: str, seed: int, rows: list[Row]) -> list[Entry]:
+    found: list[Entry] = []
+    for label, attack in ATTACKS.items():
+        on = text_victim(profile, dataset, attack, seed)
+        found += comparison(profile, PAPER, purification(dataset), on, {"attack": label}, rows, 1.0)
+        detectors = DETECTORS if rows is not BRIEF_ROWS else DETECTORS[-1:]
+        found += comparison(profile, PAPER, detection(dataset), on, {"attack": label}, detectors, 1.0)
+    return found
+
+
+def _sweeps(profile: Profile, seed: int) -> list[Entry]:
+    """Everything that varies one factor, on the first data set with the sentence trigger."""
+    dataset = profile.texts[0]
+    on = text_victim(profile, dataset, ATTACKS["AddSent"], seed)
+    released, detect, then = _own("released"), _own("detect"), _own("detect-then-purify")
+    last = profile.encoder_layers - 1
+
+    def vary(item: str, label: str, settings: dict[str, Any], fraction: float = 1.0) -> list[Entry]:
+        return [Entry(PAPER, item, {label: value}, cell(profile, on, "badacts", config, fraction))
+                for value, config in settings.items()]
+
+    found = vary("deviations", "k", {f"{k:g}": replace(detect, deviations=k) for k in DEVIATIONS})
+    found += vary("frr", "frr", {f"{100 * frr:g} %": replace(then, frr=frr) for frr in FRRS})
+    found += vary("weight", "weight", {f"{weight:g}": replace(released, weight=weight) for weight in WEIGHTS})
+    found += vary("layers", "layers", {
+        "all": released, "first half": replace(released, layers=(0, last // 2)),
+        "second half": replace(released, layers=(last // 2 + 1, last)), "last": replace(released, layers=(last, last))})
+    for share in SHARES:
+        found += [Entry(PAPER, "validation", {"share": f"{share:.0%}".replace("%", " %"), "defense": label},
+                        cell(profile, on, "badacts", config, share))
+                  for label, config in ((STATISTICS, _own("statistics")), (METHOD, released))]
+    for rate in POISON_RATES:
+        victim = text_victim(profile, dataset, ATTACKS["AddSent"], seed, rate=rate)
+        found += comparison(profile, PAPER, "poison-rate", victim, {"rate": f"{100 * rate:g} %"}, BRIEF_ROWS, 1.0)
+    return found

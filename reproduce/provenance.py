@@ -1,0 +1,68 @@
+"""What a run records of where its numbers come from: versions, hardware, commit, hash of the source."""
+
+import hashlib
+import os
+import platform
+import subprocess
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reproduce import data, models
+from reproduce.cells import NONE, Cell, Task
+from reproduce.models import encoder
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHARED = ("poisoning.py", "defending.py", "rng.py")
+OF = {data.IMAGE: ("training.py", "data/augment.py"), data.TEXT: ("finetuning.py",)}
+
+
+def environment(task: Task, device: torch.device) -> dict[str, Any]:
+    """Versions, hardware, commit, and a hash of the source that made the run."""
+    return {**_machine(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(), "source": source_hash(task),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def source_hash(task: Task) -> str:
+    """SHA-256 over the files a run's numbers depend on most: its attack, its defense, training, model."""
+    victim = task.victim
+    modality = data.modality(victim.dataset)
+    files = [PROJECT / "reproduce" / name for name in (*SHARED, *OF[modality])]
+    files.append(models.source(victim.model) if modality == data.IMAGE else Path(encoder.__file__))
+    if victim.attack != NONE:
+        files.append(PROJECT / "attacks" / f"{victim.attack}.py")
+    if isinstance(task, Cell):
+        files.append(PROJECT / "defenses" / f"{task.defense}.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def _machine() -> dict[str, Any]:
+    import numpy
+    import torchvision
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__, "platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count(),
+            "commit": _commit()}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str | None:
+    """The project's commit, with "+" where tracked files differ from it; None outside a git checkout."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

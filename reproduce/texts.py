@@ -1,0 +1,271 @@
+"""The text bench: poison, fine-tune, defend, predict and measure a victim or a cell of sentences."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reproduce import data
+from reproduce.bench import Outcome, Surroundings
+from reproduce.cells import NONE, Cell, Task, Victim
+from reproduce.data.texts import TextDataset, Texts
+from reproduce.defending import Guard, TrainingData, clean_texts, defense_module
+from reproduce.finetuning import fine_tune
+from reproduce.metrics import Detection, Predictions, detection_metrics, metrics
+from reproduce.models import encoder
+from reproduce.models.encoder import TextClassifier
+from reproduce.poisoning import attack_module, poison_texts
+from reproduce.training import Observer
+
+SHOWN = 4           # sentences whose activations are kept for the figures
+FEATURES = 100      # sentences whose last hidden states are kept
+LARGEST = float(np.finfo(np.float16).max)
+# Forward passes of one WRN-16-1 image that one sentence costs, about; other encoders are taken for BERT's size.
+SENTENCE = {encoder.TINY: 0.3, encoder.MINILM: 7.0}
+BERT_SENTENCE = 56.0
+BACKWARD_COST = 2.0
+SENTENCES = {"sentences": (800, 240, 240), "sst-2": (6920, 872, 1821), "yelp": (14000, 2999, 3001),
+             "hsol": (4658, 1165, 2485), "hsol-released": (5823, 2485, 2485), "agnews": (108_000, 12_000, 7600),
+             "agnews-small": (10_000, 2000, 7600)}
+
+
+@dataclass(frozen=True)
+class TextTestSet:
+    """Clean test sentences with labels (N,); the triggered copies of those at `index` (M,), and the labels the attacker
+    wants for them (M,). Without an attack the last three are empty."""
+
+    clean: Texts
+    index: Tensor
+    triggered: tuple[str, ...]
+    wanted: Tensor
+
+    def predictions(self, on_clean: Tensor, on_triggered: Tensor) -> Predictions:
+        """Per-sample outcome of predicted labels (N,) and (M,)."""
+        arrays = (self.clean.labels, on_clean, self.index, self.wanted, on_triggered)
+        return Predictions(*(array.numpy().astype(np.int32) for array in arrays))
+
+
+def triggered_test_set(dataset: TextDataset, attack: str, settings: Any, seed: int) -> TextTestSet:
+    """The clean test sentences and, for an attack other than "none", triggered copies of the non-target ones."""
+    if attack == NONE:
+        empty = torch.empty(0, dtype=torch.long)
+        return TextTestSet(dataset.test, empty, (), empty)
+    index = (dataset.test.labels != settings.target).nonzero().flatten()
+    rows = index.tolist()
+    triggered = attack_module(attack).apply([dataset.test.texts[row] for row in rows], rows, settings, seed, "test",
+                                            dataset.paraphrases)
+    return TextTestSet(dataset.test, index, tuple(triggered), torch.full_like(index, settings.target))
+
+
+@contextlib.contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """On a CPU: matrix products of the transformer by oneDNN, 1.7 times faster, equal to fp32's to 1e-6.
+
+    Not where the CPU has AMX: there this setting would round to bf16.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class TextBench:
+    """Computes on one device; keeps the last victim for the next cells on it."""
+
+    def __init__(self, at: Surroundings) -> None:
+        self.at = at
+        self._kept: tuple[str, TextClassifier, TextTestSet] | None = None
+
+    def victim(self, victim: Victim) -> Outcome:
+        with fast_products(self.at.device):
+            return self._victim(victim)
+
+    def cell(self, cell: Cell) -> Outcome:
+        with fast_products(self.at.device):
+            return self._cell(cell)
+
+    def _victim(self, victim: Victim) -> Outcome:
+        started = time.perf_counter()
+        dataset = data.load_text(victim.dataset, self.at.root)
+        train, info = self._training_set(victim, dataset)
+        model = self._untrained(victim, dataset)
+        checkpoint = self.at.store.progress(victim.name)
+        resumed = checkpoint.load()
+        if resumed:
+            info["resumed_after_epoch"] = resumed[0]
+        history = fine_tune(model, train, dataset.validation, victim.recipe, victim.seed, phase="victim",
+                            observe=self._observer(victim, []), checkpoint=checkpoint)
+        seconds = round(time.perf_counter() - started, 2)
+        test = triggered_test_set(dataset, victim.attack, victim.settings, victim.seed)
+        if test.triggered:
+            info["trigger"] = trigger_quality([test.clean.texts[i] for i in test.index.tolist()], test.triggered)
+        predictions = test.predictions(*(self._labels(model, texts) for texts in (test.clean.texts, test.triggered)))
+        return Outcome({**metrics(predictions), "seconds": seconds, "info": info},
+                       [{"phase": "victim", **row} for row in history],
+                       {"predictions": vars(predictions), "samples": samples(model, test)},
+                       {"model": model.network.state_dict()})
+
+    def _cell(self, cell: Cell) -> Outcome:
+        model, test = self._load_victim(cell.victim)
+        dataset = data.load_text(cell.victim.dataset, self.at.root)
+        module, base = defense_module(cell.defense), cell.base()
+        clean = clean_texts(dataset.validation, cell.clean_fraction, cell.seed)
+        history: list[dict[str, Any]] = []
+        training = None
+        if "training-data" in module.requires(cell.config):
+            training = self._training_data(cell.victim, dataset)
+        base_tensors = self.at.run(base).tensors("defense") if base else None
+        started = time.perf_counter()
+        guard = module.defend(model, clean, cell.config, cell.seed, self._observer(cell, history), base_tensors,
+                              training)
+        seconds = round(time.perf_counter() - started, 2)
+        self.at.progress(cell.name, 1.0, "evaluating")
+        return self._judged(guard, model, test, history, {**guard.info, "clean_sentences": len(clean)}, seconds)
+
+    def _judged(self, guard: Guard, plain: TextClassifier, test: TextTestSet, history: list[dict[str, Any]],
+                info: dict[str, Any], seconds: float) -> Outcome:
+        """Everything measured of a guard; info gains the seconds that judging the test sets took."""
+        started = time.perf_counter()
+        clean, triggered = guard.judge(test.clean.texts), guard.judge(test.triggered)
+        info["judging_seconds"] = round(time.perf_counter() - started, 2)
+        predictions = test.predictions(clean.labels, triggered.labels)
+        measured: dict[str, Any] = dict(metrics(predictions))
+        arrays = {"predictions": vars(predictions), "samples": samples(guard.model or plain, test, guard)}
+        if clean.suspicion is not None:
+            detection = Detection(*(array.numpy() for array in (
+                clean.suspicion, triggered.suspicion, clean.flagged, triggered.flagged,
+                self._labels(plain, test.clean.texts), self._labels(plain, test.triggered),
+                torch.empty(0) if guard.held_out is None else guard.held_out)))
+            measured |= detection_metrics(detection, int(test.wanted[0]) if len(test.wanted) else -1)
+            info["threshold"] = guard.threshold
+            arrays["scores"] = vars(detection)
+        tensors = {"defense": guard.tensors} if guard.tensors else {}
+        if guard.model is not None:
+            tensors["model"] = guard.model.network.state_dict()
+        return Outcome({**measured, "seconds": seconds, "info": info}, history, arrays, tensors)
+
+    def _labels(self, model: TextClassifier, texts: Sequence[str]) -> Tensor:
+        return model.logits(texts).argmax(1)
+
+    def _observer(self, task: Task, history: list[dict[str, Any]]) -> Observer:
+        """Moves the progress bar and, for a cell, keeps the rows."""
+        def observe(phase: str, epoch: int, epochs: int, _model: Any, row: dict[str, float]) -> None:
+            history.append({"phase": phase, **row})
+            self.at.progress(task.name, epoch / epochs, f"{phase} epoch {epoch}/{epochs}")
+        return observe
+
+    def _training_set(self, victim: Victim, dataset: TextDataset) -> tuple[Texts, dict[str, Any]]:
+        """What the victim is trained on, and how many of it are poisoned."""
+        if victim.attack == NONE:
+            return dataset.train, {}
+        module = attack_module(victim.attack)
+
+        def trigger(texts: Sequence[str], rows: Sequence[int]) -> list[str]:
+            return module.apply(texts, rows, victim.settings, victim.seed, "train", dataset.paraphrases)
+
+        train, mask = poison_texts(dataset.train, victim.settings, victim.seed, trigger)
+        return train, {"poisoned": int(mask.sum())}
+
+    def _untrained(self, victim: Victim, dataset: TextDataset) -> TextClassifier:
+        return encoder.build(victim.model, dataset.num_classes, victim.seed, self.at.root).to(self.at.device)
+
+    def _training_data(self, victim: Victim, dataset: TextDataset) -> TrainingData:
+        def fit(train: Texts, observe: Observer) -> TextClassifier:
+            model = self._untrained(victim, dataset)
+            fine_tune(model, train, dataset.validation, victim.recipe, victim.seed, phase="victim", observe=observe)
+            return model
+        return TrainingData(self._training_set(victim, dataset)[0], fit)
+
+    def _load_victim(self, victim: Victim) -> tuple[TextClassifier, TextTestSet]:
+        if self._kept is None or self._kept[0] != victim.name:
+            run = self.at.run(victim)
+            dataset = data.load_text(victim.dataset, self.at.root)
+            model = self._untrained(victim, dataset)
+            model.network.load_state_dict(run.tensors("model"))
+            self._kept = victim.name, model.eval(), triggered_test_set(dataset, victim.attack, victim.settings,
+                                                                       victim.seed)
+        return self._kept[1:]
+
+
+def samples(model: TextClassifier, test: TextTestSet, guard: Guard | None = None) -> dict[str, np.ndarray]:
+    """What figures show of a model.
+
+    texts, triggered: a few test sentences and their triggered copies; cls_<clean|triggered>: the first token's states
+    after each layer on them, float16 (n, layers, D), and cls_<kind>_after where the guard changes them;
+    features_<clean|triggered>: the last layer's on more sentences, (m, D), clean ones of all classes with
+    feature_labels (m,).
+    """
+    rows = test.index[:SHOWN].tolist() if len(test.index) else list(range(SHOWN))
+    shown = {"clean": [test.clean.texts[i] for i in rows], "triggered": list(test.triggered[:SHOWN])}
+    arrays: dict[str, np.ndarray] = {
+        "texts": np.array(shown["clean"]), "triggered": np.array(shown["triggered"], dtype=np.str_),
+        "feature_labels": test.clean.labels[:FEATURES].numpy().astype(np.int32)}
+    more = {"clean": list(test.clean.texts[:FEATURES]), "triggered": list(test.triggered[:FEATURES])}
+    for kind, texts in shown.items():
+        if texts:
+            arrays[f"cls_{kind}"] = _half(model.first_tokens(texts))
+            arrays[f"features_{kind}"] = _half(model.first_tokens(more[kind])[:, -1])
+            if guard and guard.hook:
+                arrays[f"cls_{kind}_after"] = _half(model.first_tokens(texts, guard.hook))
+    return arrays
+
+
+def _half(values: Tensor) -> np.ndarray:
+    return values.clamp(-LARGEST, LARGEST).numpy().astype(np.float16)
+
+
+def trigger_quality(sources: Sequence[str], triggered: Sequence[str]) -> dict[str, float]:
+    """How good the triggered sentences are as sentences, in percent of them; words_kept in percent of the words.
+
+    unchanged: equal to the source. degenerate: a word three times in a row, or two words in a row three times or more.
+    words_kept: share of the source's distinct words that the triggered sentence still has. length: words, relative to
+    the source's. clean_degenerate: the same count on the sources.
+    """
+    kept = [len(set(a.split()) & set(b.split())) / max(1, len(set(a.split())))
+            for a, b in zip(sources, triggered, strict=True)]
+    return {"unchanged": 100 * float(np.mean([a == b for a, b in zip(sources, triggered, strict=True)])),
+            "degenerate": 100 * float(np.mean([degenerate(text) for text in triggered])),
+            "clean_degenerate": 100 * float(np.mean([degenerate(text) for text in sources])),
+            "words_kept": 100 * float(np.mean(kept)),
+            "length": 100 * sum(len(text.split()) for text in triggered) / sum(len(text.split()) for text in sources)}
+
+
+def degenerate(text: str) -> bool:
+    """A word three times in a row, or a pair of neighbouring words three times or more."""
+    words = text.split()
+    if any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False)):
+        return True
+    return max(Counter(pairwise(words)).values(), default=0) >= 3
+
+
+def cost(task: Task) -> float:
+    """Work of a task in forward passes of one WRN-16-1 image; used for ordering and for time estimates only."""
+    train, validation, test = SENTENCES[task.victim.dataset]
+    each = SENTENCE.get(task.victim.model, BERT_SENTENCE)
+    if isinstance(task, Cell):
+        work = getattr(defense_module(task.defense), "work", lambda config, count, classes: 0)
+        trained = work(task.config, round(task.clean_fraction * validation), data.NUM_CLASSES[task.victim.dataset])
+        return each * ((BACKWARD_COST + 1) * trained + 4 * test)
+    return each * ((BACKWARD_COST + 1) * task.victim.recipe.epochs * train + 2 * test)
+
+
+def check(victims: list[Victim], root: Path) -> None:
+    """Load each data set, each paraphrase and each encoder once, so that a missing file is one line."""
+    for name, attack in sorted({(victim.dataset, victim.attack) for victim in victims}):
+        dataset = data.load_text(name, root)
+        if attack != NONE and "paraphrases" in attack_module(attack).requires(attack_module(attack).Config()):
+            for split in ("train", "test"):
+                dataset.paraphrases(attack, split)
+    for name in sorted({victim.model for victim in victims}):
+        encoder.check(name, root)
