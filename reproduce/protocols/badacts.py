@@ -10,7 +10,7 @@ dropped at random.
 from dataclasses import replace
 from typing import Any
 
-from defenses import badacts, onion, rap
+from defenses import badacts, onion
 from reproduce.cells import Victim
 from reproduce.data import attacker_target
 from reproduce.finetuning import TextRecipe
@@ -43,7 +43,7 @@ def _own(variant: str) -> Any:
 
 RELEASED_ROWS = [
     row("FT", "released", PAPER, "ft_text"), row("CUBE", "released", PAPER),
-    Row(WORDS, "released", "onion", onion.SETTINGS[PAPER, "purify"]),
+    Row(WORDS, "released", "onion", onion.SETTINGS[PAPER, "n-gram-purify"]),
     row("Word drop", "released", PAPER, "word_drop"),
     Row(INITIAL, "released", "badacts", _own("initial")), Row(STATISTICS, "released", "badacts", _own("statistics")),
     Row(RANDOM, "released", "badacts", _own("random")), Row(CLS, "released", "badacts", _own("cls")),
@@ -54,10 +54,9 @@ DESCRIBED_ROWS = [
     Row(STATISTICS, "described", "badacts", _own("statistics")), Row(METHOD, "described", "badacts", _own("described")),
 ]
 DETECTORS = [
-    Row("ONION", "released", "onion", onion.SETTINGS[PAPER, "detect"]),
-    row("STRIP", "released", PAPER), row("STRIP", "described", PAPER),
-    Row("RAP", "released", "rap", rap.SETTINGS[PAPER, "released"]),
-    Row("RAP", "described", "rap", rap.SETTINGS[PAPER, "described"]),
+    Row("ONION", "released", "onion", onion.SETTINGS[PAPER, "n-gram-detect"]),
+    row("STRIP", "released", PAPER), row("STRIP", "corrected", PAPER),
+    row("RAP", "released", PAPER), row("RAP", "corrected", PAPER),
     row("DAN", "released", PAPER), Row(METHOD, "released", "badacts", _own("detect")),
 ]
 BRIEF_ROWS = [one for one in RELEASED_ROWS if one.label in (STATISTICS, METHOD)]
