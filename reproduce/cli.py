@@ -1,4 +1,4 @@
-"""The command line: `python -m reproduce run | report | status | export | evaluate | defend`.
+"""The command line: `python -m reproduce run | report | status | export | evaluate | defend | purify`.
 
 A wrong argument, file or configuration is one line on stderr and exit code 2. A run that failed is exit code 1.
 """
@@ -16,15 +16,19 @@ from typing import Any
 
 import click
 import torch
+from tqdm import tqdm
 
 from reproduce import data, models
 from reproduce.cells import NONE, Task, Victim, with_dependencies
 from reproduce.engine import Workers, check_data, cost, execute, seconds_per_cost
 from reproduce.errors import UserError
+from reproduce.models.encoder import LAYERS
 from reproduce.poisoning import attack_module
 from reproduce.protocols import PAPERS, PROFILES, Entry, Profile, entries
 from reproduce.provenance import PROJECT
 from reproduce.repair import Repair, Suspect, evaluate_suspect, repair_suspect, usable_devices
+from reproduce.repair_texts import Purification, evaluate_text_suspect, repair_text_suspect
+from reproduce.repair_texts import purify as purify_sentences
 from reproduce.report import write_report
 from reproduce.results import Results
 from reproduce.store import Store
@@ -63,6 +67,7 @@ class Selection:
     seeds: int | None
     folder: Path | None
     precision: str
+    encoder: str | None
 
     @property
     def why(self) -> str:
@@ -75,6 +80,8 @@ class Selection:
     def profile(self) -> Profile:
         name = self.profile_name or ("paper" if torch.cuda.is_available() else "quick")
         profile = dataclasses.replace(PROFILES[name], precision=self.precision)
+        if self.encoder:
+            profile = dataclasses.replace(profile, encoder=self.encoder)
         return dataclasses.replace(profile, seeds=tuple(range(self.seeds))) if self.seeds else profile
 
     def entries(self, profile: Profile) -> list[Entry]:
@@ -104,6 +111,8 @@ SELECTION = options(
                  help="Where results go; default: results/<profile>."),
     click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True,
                  help="bf16: about 1.5 times faster; other numbers, kept apart from fp32's."),
+    click.option("--encoder", help=f"Encoder of the text papers: {', '.join(LAYERS)}, or another on the hub or in "
+                 "<data root>/models; default: the profile's."),
 )
 DATA_ROOT = click.option("--data-root", type=click.Path(file_okay=False, path_type=Path),
                          help="Where data sets are; default: $BACKDOOR_DATA, else ./data.")
@@ -242,9 +251,9 @@ def _duration(seconds: float) -> str:
 SUSPECT = options(
     click.option("--checkpoint", required=True, type=click.Path(path_type=Path),
                  help=".pth.tar, .pth or .safetensors; loaded without executing code."),
-    click.option("--model", required=True, help=f"Its architecture: {', '.join(models.ARCHITECTURES)}."),
+    click.option("--model", required=True, help=f"Its architecture: {', '.join((*models.ARCHITECTURES, *LAYERS))}."),
     click.option("--dataset", required=True, help=f"What it classifies: {', '.join(data.NUM_CLASSES)}."),
-    click.option("--attack", help="The attack to test with: badnets, blend, ..."),
+    click.option("--attack", help="The attack to test with: badnets, blend, ...; on texts addsent, stylebkd, ..."),
     click.option("--paper", default="nad", show_default=True, help="Whose settings of the attack and the defense."),
     click.option("--variant", default="released", show_default=True, help="described or released settings."),
     click.option("--target", type=int, help="Target label; default: the settings'."),
@@ -264,24 +273,58 @@ SUSPECT = options(
 @SUSPECT
 def evaluate(as_json: bool, **suspect: Any) -> None:
     """ACC, ASR and RA of a checkpoint of your own."""
-    _print(evaluate_suspect(Suspect(**suspect)), as_json)
+    wanted = Suspect(**suspect)
+    _print((evaluate_text_suspect if _texts(wanted) else evaluate_suspect)(wanted), as_json)
 
 
 @main.command()
 @SUSPECT
 @click.option("--defense", required=True, help="ft, fp, mcr, nad, ...")
 @click.option("--defense-variant", help="Settings of the defense; default: as --variant.")
-@click.option("--clean-fraction", type=click.FloatRange(0, 1, min_open=True), default=0.05, show_default=True,
-              help="Share of the clean training set (of --images: all are used).")
+@click.option("--clean-fraction", type=click.FloatRange(0, 1, min_open=True),
+              help="Share of the clean training images, default 0.05 (of --images: all are used), or of the validation "
+                   "sentences, default 1.")
 @click.option("--images", type=click.Path(path_type=Path), help="Your own clean images, one sub-folder per class, "
               "in place of the data set's.")
 @click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
               help="Where the repaired weights go (.safetensors).")
 def defend(as_json: bool, defense: str, defense_variant: str | None, clean_fraction: float, images: Path | None,
            output: Path, **suspect: Any) -> None:
-    """Repair a checkpoint of your own with a few clean images, and say what that did."""
-    repair = Repair(defense, output, defense_variant, clean_fraction, images)
-    _print(repair_suspect(Suspect(**suspect), repair), as_json)
+    """Repair a checkpoint of your own with a few clean images or sentences, and say what that did."""
+    wanted, repair = Suspect(**suspect), Repair(defense, output, defense_variant, clean_fraction, images)
+    _print((repair_text_suspect if _texts(wanted) else repair_suspect)(wanted, repair), as_json)
+
+
+@main.command()
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path),
+              help="Folder of a fine-tuned BERT-style classifier as save_pretrained writes it; no code of it is run.")
+@click.option("--clean", required=True, type=click.Path(path_type=Path),
+              help="Clean sentences: a line each, sentence, tab, label.")
+@click.option("--input", required=True, type=click.Path(path_type=Path), help="Sentences to look at, a line each.")
+@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="One JSON object per sentence goes here (.jsonl).")
+@click.option("--frr", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2, show_default=True,
+              help="Share of clean sentences that may be flagged.")
+@click.option("--deviations", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
+              help="An activation further from its mean than so many standard deviations is abnormal.")
+@click.option("--epochs", type=click.IntRange(1), default=50, show_default=True, help="Of the search for intervals.")
+@click.option("--truncate", is_flag=True, help="Cut sentences that are too long for the model.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@DEVICE
+def purify(as_json: bool, epochs: int, **wanted: Any) -> None:
+    """Score and purify sentences of your own with BadActs: label before, suspicion, flagged or not, label after."""
+    quiet = as_json or not sys.stderr.isatty()
+    with tqdm(total=epochs, disable=quiet, desc="searching intervals", unit="epoch") as bar:
+        def observe(phase: str, epoch: int, count: int, _model: Any, _row: dict[str, float]) -> None:
+            bar.set_description(phase)
+            bar.update(epoch - bar.n)
+        found = purify_sentences(Purification(epochs=epochs, **wanted), observe)
+    _print(found, as_json)
+
+
+def _texts(suspect: Suspect) -> bool:
+    return data.modality(suspect.dataset) == data.TEXT
 
 
 def _print(values: dict[str, Any], as_json: bool) -> None:
@@ -295,4 +338,6 @@ def _print(values: dict[str, Any], as_json: bool) -> None:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"

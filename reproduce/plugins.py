@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from reproduce.errors import UserError
 
@@ -10,6 +11,14 @@ from reproduce.errors import UserError
 def names(folder: Path) -> list[str]:
     """The plug-ins a folder holds, in alphabetical order."""
     return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+def settings_of(what: str, module: ModuleType, paper: str, variant: str) -> Any:
+    """The settings of a paper's variant. Where there are none raises UserError with those there are."""
+    if (paper, variant) not in module.SETTINGS:
+        known = ", ".join(f"--paper {p} --variant {v}" for p, v in module.SETTINGS)
+        raise UserError(f"{what} has no settings for --paper {paper} --variant {variant}: choose {known}")
+    return module.SETTINGS[paper, variant]
 
 
 def load_plugin(package: str, name: str, folder: Path) -> ModuleType:

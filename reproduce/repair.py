@@ -23,8 +23,10 @@ from reproduce.evaluation import TestSet, evaluate
 from reproduce.images import prepare, triggered_test_set
 from reproduce.metrics import metrics
 from reproduce.models.checkpoints import load_checkpoint
+from reproduce.plugins import settings_of
 from reproduce.poisoning import attack_module
 
+CLEAN_FRACTION = 0.05   # of the training images
 TARGET_ALONE = "--target without --attack tests nothing; name the attack"
 
 
@@ -55,12 +57,13 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Repair:
-    """Which defense, on which clean images: a fraction of the data set's training images, or a folder."""
+    """Which defense, on which clean data: a share of the data set's training images or of its validation sentences
+    (None: 5 % of the images, all of the sentences), or a folder of images."""
 
     defense: str
     output: Path
     defense_variant: str | None = None
-    clean_fraction: float = 0.05
+    clean_fraction: float | None = None
     images: Path | None = None
 
 
@@ -75,11 +78,9 @@ def evaluate_suspect(suspect: Suspect) -> dict[str, Any]:
 
 def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     """Write the repaired weights; `before` and `after` as `evaluate_suspect`, and the seconds the defense took."""
-    if repair.output.suffix != ".safetensors":
-        raise UserError(f"--output {repair.output}: repaired weights are written as .safetensors; name such a file")
-    if not repair.output.parent.is_dir():
-        raise UserError(f"--output {repair.output}: the folder {repair.output.parent} does not exist")
+    check_output(repair.output)
     module = defense_module(repair.defense)
+    check_modality(f"defense {repair.defense}", module, suspect.dataset)
     config = _defense_settings(repair, module, suspect)
     loaded = data.load(suspect.dataset, suspect.root)
     network, clean_model = _networks(suspect, loaded)
@@ -95,6 +96,21 @@ def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     save_file({name: value.cpu().contiguous() for name, value in repaired.state_dict().items()}, repair.output)
     return {"before": before, "after": _measured(repaired, test), "seconds": seconds, "defense": repair.defense,
             "clean_images": len(clean.images), "info": defended.info, "output": str(repair.output)}
+
+
+def check_modality(what: str, module: ModuleType, dataset: str) -> None:
+    """UserError where an attack or a defense is for other things than the data set holds."""
+    made_for, held = getattr(module, "MODALITY", data.IMAGE), data.modality(dataset)
+    if made_for != held:
+        raise UserError(f"{what} is for {made_for}s, {dataset} holds {held}s: choose another")
+
+
+def check_output(path: Path) -> None:
+    """UserError unless weights can be written there."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"--output {path}: repaired weights are written as .safetensors; name such a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: the folder {path.parent} does not exist")
 
 
 def usable_devices(choice: str) -> tuple[str, ...]:
@@ -124,7 +140,8 @@ def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) 
     if suspect.attack is None:
         return triggered_test_set(images, labels, classes, NONE, None, {}, suspect.seed)
     module = attack_module(suspect.attack)
-    settings = _settings(f"attack {suspect.attack}", module, suspect.paper, suspect.variant)
+    check_modality(f"attack {suspect.attack}", module, suspect.dataset)
+    settings = settings_of(f"attack {suspect.attack}", module, suspect.paper, suspect.variant)
     if suspect.target is not None:
         if not 0 <= suspect.target < classes:
             raise UserError(f"--target {suspect.target}: {loaded.name} has labels 0 to {classes - 1}")
@@ -149,13 +166,6 @@ def _trigger(path: Path) -> dict[str, Tensor]:
         raise UserError(f"--trigger {path} is not a readable .safetensors file ({error})") from error
 
 
-def _settings(what: str, module: ModuleType, paper: str, variant: str) -> Any:
-    if (paper, variant) not in module.SETTINGS:
-        known = ", ".join(f"--paper {p} --variant {v}" for p, v in module.SETTINGS)
-        raise UserError(f"{what} has no settings for --paper {paper} --variant {variant}: choose {known}")
-    return module.SETTINGS[paper, variant]
-
-
 def _defense_settings(repair: Repair, module: ModuleType, suspect: Suspect) -> Any:
     """Those of --paper if it has the defense, else those of the first paper that has this variant of it.
 
@@ -164,7 +174,7 @@ def _defense_settings(repair: Repair, module: ModuleType, suspect: Suspect) -> A
     variant = repair.defense_variant or suspect.variant
     paper = next((p for p, v in sorted(module.SETTINGS, key=lambda key: key[0] != suspect.paper) if v == variant),
                  suspect.paper)
-    config = _settings(f"defense {repair.defense}", module, paper, variant)
+    config = settings_of(f"defense {repair.defense}", module, paper, variant)
     if getattr(config, "target", None) is None:
         if suspect.target is not None and suspect.attack is None:
             raise UserError(TARGET_ALONE)
@@ -174,7 +184,7 @@ def _defense_settings(repair: Repair, module: ModuleType, suspect: Suspect) -> A
                         "choose a variant that finds it (--defense-variant described)")
     target = suspect.target
     if target is None:
-        target = _settings(f"attack {suspect.attack}", attack_module(suspect.attack), suspect.paper,
+        target = settings_of(f"attack {suspect.attack}", attack_module(suspect.attack), suspect.paper,
                            suspect.variant).target
     return dataclasses.replace(config, target=target)
 
@@ -184,8 +194,8 @@ def _clean_images(suspect: Suspect, repair: Repair, loaded: Dataset, place: torc
     if repair.images:
         clean = load_folder(repair.images, loaded.num_classes)
     else:
-        clean = clean_subset(loaded.train_images, loaded.train_labels, repair.clean_fraction, suspect.seed,
-                             loaded.num_classes)
+        fraction = CLEAN_FRACTION if repair.clean_fraction is None else repair.clean_fraction
+        clean = clean_subset(loaded.train_images, loaded.train_labels, fraction, suspect.seed, loaded.num_classes)
     if not len(clean.images):
         raise UserError(f"--clean-fraction {repair.clean_fraction} of {len(loaded.train_images)} images is none: "
                         "raise it")

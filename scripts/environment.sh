@@ -35,7 +35,7 @@ is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/n
 
 use_python_at_hand() {
     local venv=$1 purpose=$2 modules="torch torchvision numpy scipy matplotlib seaborn click pandas jinja2 sklearn
-        safetensors tqdm PIL"
+        safetensors tqdm PIL transformers"
     if [[ $purpose == test ]]; then modules+=" pytest xdist"; fi
     if [[ -n ${PYTHON:-} ]]; then python=$PYTHON
     elif [[ -x $venv/bin/python ]]; then python="$venv/bin/python"

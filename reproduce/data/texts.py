@@ -6,6 +6,7 @@ sst-2, yelp, hsol and agnews come from a data root in one of two layouts:
     <root>/text/<name>/badacts/<attack>/{train-all-poisoned,dev-poison,test-poison}.csv[.xz]
     <root>/BadActs/poison_data/<name>/<target>/<attack>/{train,dev,test}-{clean,poison}.csv     the authors' repository
 
+Where neither has them and a network exists, the clean sentences of sst-2 come from the hub (package `datasets`).
 `sentences` is generated (`reproduce.data.sentences`). Two names change a released split:
 
     hsol           a fifth of train is the validation split, because the released one equals the test split byte for
@@ -14,6 +15,7 @@ sst-2, yelp, hsol and agnews come from a data root in one of two layouts:
 """
 
 import csv
+import importlib.util
 import io
 import lzma
 from collections.abc import Callable, Sequence
@@ -24,11 +26,13 @@ import torch
 from torch import Tensor
 
 from reproduce.errors import UserError
+from reproduce.models.hub import hub_answers
 from reproduce.rng import generator
 
 SPLITS = ("train", "validation", "test")
 OFFICIAL = "github.com/clearloveclearlove/BadActs"
 HSOL_VALIDATION, AGNEWS_VALIDATION = 0.2, 1 / 6
+HUB = {"sst-2": "SetFit/sst2"}  # the sentence-level split, with columns text and label
 _STEMS = {"train": "train", "validation": "dev", "test": "test"}
 _ALIGNED = {"train": "train-all-poisoned", "validation": "dev-poison", "test": "test-poison"}
 
@@ -133,7 +137,13 @@ class _Files:
 
     def clean(self, split: str) -> Texts:
         stem = _STEMS[split]
-        path, rows = self._rows("clean", stem, "badnets", f"{stem}-clean")
+        try:
+            path, rows = self._rows("clean", stem, "badnets", f"{stem}-clean")
+        except UserError:
+            found = _from_hub(self.source.files, split)
+            if found is None:
+                raise
+            path, rows = Path(HUB[self.source.files]), found
         wanted, classes = self.source.counts[split], len(self.source.classes)
         if len(rows) != wanted:
             raise UserError(f"{self.name}: {path} has {len(rows)} rows, the released file {wanted}; replace it")
@@ -162,6 +172,14 @@ class _Files:
                 return path, read_csv(path)
         raise UserError(f"{self.name}: {here / stem}.csv[.xz] is missing: clone {OFFICIAL} as {self.root / 'BadActs'}, "
                         "or name another folder with --data-root or BACKDOOR_DATA")
+
+
+def _from_hub(name: str, split: str) -> list[tuple[str, int]] | None:
+    """(text, label) of a split; None without the package, the data set or a network."""
+    if name not in HUB or importlib.util.find_spec("datasets") is None or not hub_answers():
+        return None
+    from datasets import load_dataset
+    return [(row["text"], int(row["label"])) for row in load_dataset(HUB[name], split=split)]
 
 
 def read_csv(path: Path) -> list[tuple[str, int]]:

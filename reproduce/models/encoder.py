@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reproduce.errors import UserError
+from reproduce.models.hub import hub_answers
 from reproduce.rng import derive
 
 TINY, MINILM, BERT = "tiny-bert", "minilm-l6", "bert-base-uncased"
@@ -168,8 +169,9 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    local = Path(place).is_dir()
-    if local and not any((Path(place) / name).is_file() for name in _WEIGHTS):
+    folder_given = Path(place).is_dir()
+    local = folder_given or not hub_answers()
+    if folder_given and not any((Path(place) / name).is_file() for name in _WEIGHTS):
         raise UserError(f"{place} holds no model.safetensors: save the model there with save_pretrained(...)")
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False, "use_safetensors": True}
     try:
@@ -184,7 +186,8 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
             network = transformers.AutoModelForSequenceClassification.from_pretrained(
                 place, num_labels=num_classes, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"the encoder {place} cannot be loaded ({_short(error)}): put it below the data root as "
+        reason = _short(error) if folder_given or not local else "no network, and the hub's cache does not have it"
+        raise UserError(f"the encoder {place} cannot be loaded ({reason}): put it below the data root as "
                         f"models/{Path(place).name}/ (config.json, model.safetensors, tokenizer files), or take "
                         f"--encoder {MINILM}") from error
 
