@@ -97,10 +97,9 @@ def statistics(features: Tensor, labels: Tensor, shrinkage: float) -> tuple[Tens
 
 def mahalanobis(features: Tensor, means: Tensor, precisions: Tensor) -> Tensor:
     """Squared distance to the nearest class mean: (N, layers, D) -> float64 (N, layers)."""
-    wide = features.double()
     found = []
     for layer in range(len(means)):
-        apart = wide[:, layer, None] - means[layer]     # (N, classes, D)
+        apart = features[:, layer, None].double() - means[layer]     # (N, classes, D)
         found.append(((apart @ precisions[layer]) * apart).sum(2).min(1).values)
     return torch.stack(found, 1)
 

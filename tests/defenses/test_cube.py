@@ -15,17 +15,17 @@ from tests.defenses.text_victim import share, text_victim, trained
 
 RELEASED = cube.SETTINGS["badacts", "released"]
 SMALL = replace(RELEASED, neighbours=20)
-# clearloveclearlove/BadActs@7932f19, openbackdoor/defenders/cube_defender.py:106-151 (filtering): rows kept of 40 with
+# clearloveclearlove/BadActs@7932f19, openbackdoor/defenders/cube_defender.py:106-151 (filtering): rows kept of 44 with
 # labels i % 3 and these clusters, and of 14 with clusters of no more than, and just, half of a label.
-CLUSTERS = [-1, 0, 2, -1, 0, 2, 0, 1, -1, 1, 2, 0, 0, 1, 1, -1, 1, 1, -1, 2, -1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 1, 0, -1, -1,
-            0, 2, -1, 0, 2, 0]
-OFFICIAL_KEPT = [0, 1, 2, 3, 4, 5, 15, 18, 25, 28, 31, 33, 34, 35, 36, 37, 38]
+CLUSTERS = [-1, 1, 0, -1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 2, 2, -1, 2, -1, -1, 0, 0, 1, 1, -1, 0, 1, 2, 0, 1, 0, 1, 2, 1,
+            -1, 1, 0, -1, 1, 0, 0, 1, 1, 1, 0]
+OFFICIAL_KEPT = [0, 1, 2, 3, 4, 5, 7, 11, 15, 18, 20, 22, 25, 28, 29, 33, 34, 35, 36, 37, 38, 40]
 HALVES = [-1, -1, -1, -1, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 OFFICIAL_KEPT_HALVES = [0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13]
 
 
 def test_what_is_kept_is_what_the_official_code_keeps() -> None:
-    kept = cube.largest(torch.arange(40) % 3, torch.tensor(CLUSTERS), 0.5)
+    kept = cube.largest(torch.arange(44) % 3, torch.tensor(CLUSTERS), 0.5)
     assert kept.nonzero().flatten().tolist() == OFFICIAL_KEPT
     kept = cube.largest(torch.tensor([0] * 6 + [1] * 8), torch.tensor(HALVES), 0.5)
     assert kept.nonzero().flatten().tolist() == OFFICIAL_KEPT_HALVES

@@ -32,6 +32,8 @@ def test_copies_lose_the_share_of_words_and_keep_the_order() -> None:
 def test_draws_depend_on_seed_and_sentence_alone() -> None:
     text = "one two three four five six seven eight nine ten"
     assert word_drop.thinned(text, OURS, 0) == word_drop.thinned(text, OURS, 0) != word_drop.thinned(text, OURS, 1)
+    a, b = (word_drop.thinned(" ".join(f"{letter}{i}" for i in range(10)), OURS, 0) for letter in "ab")
+    assert [copy.replace("a", "b") for copy in a] != b      # as many words, yet others go
     victim = text_victim()
     guard = word_drop.defend(victim.model, victim.data.validation, OURS, 0)
     there = guard.judge(victim.triggered).labels
