@@ -12,10 +12,11 @@ A classifier trained on the poisoned set separates the poisoned sentences of a l
 Constants: clearloveclearlove/BadActs@7932f19, C = openbackdoor/defenders/cube_defender.py, T = openbackdoor/trainers/
 trainer.py; both are OpenBackdoor's (thunlp/OpenBackdoor).
 
-Departures. The released code trains a RoBERTa for 10 epochs for step 1, and reduces 20 principal components to two
-dimensions by UMAP with min_dist 0 for step 2, which packs clusters densely. UMAP is no dependency of ours: clusters are
-sought among the 20 principal components themselves. The victim's own recipe is used for step 5, and scikit-learn's HDBSCAN, which counts a point among its neighbours,
-so that one more is asked for. An encoder without a pooler is represented by [CLS] itself.
+Departures. The released code trains a RoBERTa for 10 epochs for step 1, and after 20 principal components (T:344) it
+reduces to two dimensions by UMAP with min_dist 0 for step 2, which packs clusters densely. UMAP is no dependency of
+ours: clusters are sought among the principal components themselves. The victim's own recipe is used for step 5, and
+scikit-learn's HDBSCAN, which counts a point among its neighbours, so that one more is asked for. An encoder without a
+pooler is represented by [CLS] itself.
 """
 
 from collections.abc import Sequence

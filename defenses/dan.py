@@ -14,7 +14,7 @@ Constants: clearloveclearlove/BadActs@7932f19, openbackdoor/defenders/dan_defend
 (:183); the class means and the distances take in sentences of every class and prediction.
 
 Departures. Means and covariances are computed in double precision; distances of sentences to themselves only, where the
-released code computes those of all pairs and takes the diagonal (:249).
+released code computes those of all pairs and takes the diagonal (:253).
 """
 
 from collections.abc import Sequence
@@ -55,16 +55,13 @@ def defend(model: TextClassifier, clean: Texts, config: Config, seed: int, obser
         raise UserError(f"dan: {len(clean)} clean sentences are too few; it needs at least {round(2 / config.held)}")
     means, precisions = statistics(token_means(model, fitted.texts), fitted.labels, config.shrinkage)
     distances = mahalanobis(token_means(model, held.texts), means, precisions)
-    mean, deviation = distances.mean(0), distances.std(0, correction=0)
-
-    def suspicion(texts: Sequence[str]) -> Tensor:
-        return ((mahalanobis(token_means(model, texts), means, precisions) - mean) / deviation).mean(1).float()
-
-    held_out = ((distances - mean) / deviation).mean(1).float()
+    normal = Normal(distances)
+    held_out = normal.score(distances)
     threshold = float(held_out.quantile(1 - config.frr))
 
     def judge(texts: Sequence[str]) -> Judged:
-        return judged(model.logits(texts).argmax(1), suspicion(texts), threshold)
+        suspicion = normal.score(mahalanobis(token_means(model, texts), means, precisions))
+        return judged(model.logits(texts).argmax(1), suspicion, threshold)
 
     return Guard(judge, threshold=threshold, held_out=held_out)
 
@@ -100,9 +97,19 @@ def statistics(features: Tensor, labels: Tensor, shrinkage: float) -> tuple[Tens
 
 def mahalanobis(features: Tensor, means: Tensor, precisions: Tensor) -> Tensor:
     """Squared distance to the nearest class mean: (N, layers, D) -> float64 (N, layers)."""
-    wide = features.double()
     found = []
     for layer in range(len(means)):
-        apart = wide[:, layer, None] - means[layer]     # (N, classes, D)
+        apart = features[:, layer, None].double() - means[layer]     # (N, classes, D)
         found.append(((apart @ precisions[layer]) * apart).sum(2).min(1).values)
     return torch.stack(found, 1)
+
+
+class Normal:
+    """m_l and s_l of held-out distances (N, layers)."""
+
+    def __init__(self, distances: Tensor) -> None:
+        self.mean, self.deviation = distances.mean(0), distances.std(0, correction=0)
+
+    def score(self, distances: Tensor) -> Tensor:
+        """DAN(x) of distances (N, layers): float32 (N,)."""
+        return ((distances - self.mean) / self.deviation).mean(1).float()

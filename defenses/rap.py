@@ -123,7 +123,7 @@ def construct(model: TextClassifier, clean: Texts, config: Config, observe: Obse
     weight = changed.network.get_input_embeddings().weight.requires_grad_()
     numbers = sorted(set(word_numbers(model, config.word)))
     norms = weight[numbers].detach().norm(dim=1, keepdim=True)
-    total = torch.zeros_like(norms * weight[numbers].detach())
+    total = torch.zeros_like(weight[numbers].detach())
     before = model.logits(clean.texts).softmax(1)[:, config.target].to(changed.device)
     tokens = changed.encode(perturbed(clean.texts, config.word))
     for epoch in range(config.epochs):
