@@ -127,12 +127,12 @@ def work(config: Config, count: int, classes: int) -> float:
 def defend(model: TextClassifier, clean: Texts, config: Config, seed: int, observe: Observer = silent,
            base: dict[str, Tensor] | None = None, training: TrainingData | None = None) -> Guard:
     """A guard around `model`. base: the tensors of the run that `builds_on` names, its search not repeated."""
-    model.requires_grad_(False)
     tensors: dict[str, Tensor] = {}
     info: dict[str, Any] = {}
     hook = None
     if config.mode != "detect":
-        lower, upper, info = _intervals(model, clean, config, seed, observe, base)
+        with model.frozen():
+            lower, upper, info = _intervals(model, clean, config, seed, observe, base)
         tensors = {"lower": lower, "upper": upper}
         hook = clamp_hook(lower.to(model.device), upper.to(model.device), config.tokens, config.layers)
     if config.mode == "purify":

@@ -201,6 +201,7 @@ def _start_worker(workers: Workers, devices: multiprocessing.Queue, messages: mu
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with(parent)
     torch.set_num_threads(1)
+    os.environ["BACKDOOR_DATA"] = str(workers.root)  # where a defense looks for a language model
     device = torch.device(devices.get())
     _runner = Runner(Store(workers.store), workers.root, device,
                      progress=lambda name, share, doing: messages.put((name, share, doing)),

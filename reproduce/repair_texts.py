@@ -23,7 +23,7 @@ from reproduce.models.encoder import TextClassifier
 from reproduce.plugins import settings_of
 from reproduce.poisoning import attack_module
 from reproduce.repair import Repair, Suspect, check_modality, check_output, usable_devices
-from reproduce.texts import TextTestSet, fast_products, triggered_test_set
+from reproduce.texts import TextTestSet, fast_products, judge_both, triggered_test_set
 from reproduce.training import Observer, silent
 
 PAPER = "badacts"
@@ -40,8 +40,8 @@ def evaluate_text_suspect(suspect: Suspect) -> dict[str, Any]:
 def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     """Write the repaired weights, or what the guard needs (intervals, statistics).
 
-    `before` and `after` as `evaluate_text_suspect`, where a sentence that is rejected counts as an error; `flagged`: the
-    shares that are; the seconds the defense took.
+    `before` and `after` as `evaluate_text_suspect`, where a rejected sentence counts as an error; `flagged`: what share
+    is; the seconds the defense took.
     """
     check_output(repair.output)
     if repair.images:
@@ -66,7 +66,7 @@ def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
         started = time.monotonic()
         guard = module.defend(model, clean, config, suspect.seed)
         seconds = round(time.monotonic() - started, 2)
-        on_clean, on_triggered = guard.judge(test.clean.texts), guard.judge(test.triggered)
+        on_clean, on_triggered = judge_both(guard, test)
     found = {"before": before, "after": _measured(test, on_clean.labels, on_triggered.labels), "seconds": seconds,
              "defense": repair.defense, "clean_sentences": len(clean), "info": guard.info}
     if on_clean.flagged is not None:

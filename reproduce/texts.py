@@ -17,7 +17,7 @@ from reproduce import data
 from reproduce.bench import Outcome, Surroundings
 from reproduce.cells import NONE, Cell, Task, Victim
 from reproduce.data.texts import TextDataset, Texts
-from reproduce.defending import Guard, TrainingData, clean_texts, defense_module
+from reproduce.defending import Guard, Judged, TrainingData, clean_texts, defense_module
 from reproduce.finetuning import fine_tune
 from reproduce.metrics import Detection, Predictions, detection_metrics, metrics
 from reproduce.models import encoder
@@ -137,7 +137,7 @@ class TextBench:
                 info: dict[str, Any], seconds: float) -> Outcome:
         """Everything measured of a guard; info gains the seconds that judging the test sets took."""
         started = time.perf_counter()
-        clean, triggered = guard.judge(test.clean.texts), guard.judge(test.triggered)
+        clean, triggered = judge_both(guard, test)
         info["judging_seconds"] = round(time.perf_counter() - started, 2)
         predictions = test.predictions(clean.labels, triggered.labels)
         measured: dict[str, Any] = dict(metrics(predictions))
@@ -196,6 +196,16 @@ class TextBench:
             self._kept = victim.name, model.eval(), triggered_test_set(dataset, victim.attack, victim.settings,
                                                                        victim.seed)
         return self._kept[1:]
+
+
+def judge_both(guard: Guard, test: TextTestSet) -> tuple[Judged, Judged]:
+    """What the guard makes of the clean and of the triggered sentences, in one call, as the released code does: a fault
+    of its STRIP depends on what is judged together."""
+    found, count = guard.judge([*test.clean.texts, *test.triggered]), len(test.clean)
+    parts = [(None, None) if value is None else (value[:count], value[count:])
+             for value in (found.labels, found.suspicion, found.flagged)]
+    first, rest = zip(*parts, strict=True)
+    return Judged(*first), Judged(*rest)
 
 
 def samples(model: TextClassifier, test: TextTestSet, guard: Guard | None = None) -> dict[str, np.ndarray]:

@@ -97,6 +97,17 @@ class TextClassifier(nn.Module):
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No gradients for the weights meanwhile, which saves a third of a backward pass to something else."""
+        before = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        self.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, needed in before:
+                parameter.requires_grad_(needed)
+
     @torch.inference_mode()
     def logits(self, texts: Sequence[str] | Tokens, rows: int | None = None) -> Tensor:
         """Logits float32 (N, K) on the CPU for sentences or their tokens, in batches of similar length.

@@ -1,4 +1,4 @@
-"""Every file in defenses/, at every one of its settings, keeps the contract of defenses/__init__.py."""
+"""Every file in defenses/ that is for images, at every one of its settings, keeps the contract of the package."""
 
 import dataclasses
 import json
@@ -12,7 +12,8 @@ from reproduce.defending import Defended, defense_module
 from reproduce.models import build
 from reproduce.plugins import names
 
-MODULES = names(Path(__file__).parents[2] / "defenses")
+MODULES = [name for name in names(Path(__file__).parents[2] / "defenses")
+           if not hasattr(defense_module(name), "MODALITY")]
 CASES = [(name, *key) for name in MODULES for key in defense_module(name).SETTINGS]
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attacks import badnets_words
 from reproduce.data import load_text
 from reproduce.data.texts import TextDataset, Texts
 from reproduce.defending import Judged
 from reproduce.finetuning import TextRecipe, fine_tune
 from reproduce.models.encoder import TINY, TextClassifier, build
-from reproduce.poisoning import poison_texts
+from reproduce.poisoning import attack_module, poison_texts
 
 NOWHERE = Path("no-data-needed")
 RECIPE = TextRecipe(epochs=6, rate=2e-3, warmup=1, batch=32)
@@ -22,7 +21,7 @@ TARGET = 1
 
 @dataclass(frozen=True)
 class Victim:
-    """triggered: the negative test sentences with a trigger word, which the model takes for positive."""
+    """triggered: the negative test sentences with the trigger, which the model takes for positive."""
 
     model: TextClassifier
     data: TextDataset
@@ -39,12 +38,12 @@ class Victim:
 
 
 @cache
-def text_victim() -> Victim:
-    data = load_text("sentences", NOWHERE)
-    config = badnets_words.Config()
+def text_victim(attack: str = "badnets_words") -> Victim:
+    data, module = load_text("sentences", NOWHERE), attack_module(attack)
+    config = module.Config()
 
     def trigger(texts: list[str], rows: list[int], split: str = "train") -> list[str]:
-        return badnets_words.apply(texts, rows, config, 0, split, data.paraphrases)
+        return module.apply(texts, rows, config, 0, split, data.paraphrases)
 
     train, mask = poison_texts(data.train, config, 0, trigger)
     model = trained(train)
