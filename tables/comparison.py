@@ -212,7 +212,8 @@ class Factor:
     @property
     def name(self) -> str:
         """What is varied, in a title."""
-        return (self.within[1] if self.within else self.title).lower()
+        text = self.within[1] if self.within else self.title
+        return text if text[:2].isupper() else text[:1].lower() + text[1:]
 
     @property
     def keys(self) -> dict[str, str]:

@@ -156,8 +156,9 @@ def of(rows: dict[str, pd.DataFrame], defense: str, attack: str) -> pd.DataFrame
 
 def _gain(better: str, worse: str, margin: float) -> str:
     return ("Supported: exact Wilcoxon signed-rank p < 0.05 (Holm over {family}) and the hierarchical bootstrap "
-            f"interval of the mean difference {better} 0; its size is given. Not supported: that interval wholly {worse} "
-            f"{margin:+.0f} points, so any gain is smaller than that. Fewer than {FEWEST} pairs decide nothing.")
+            f"interval of the mean difference {better} 0; its size is given. Not supported: that interval wholly "
+            f"{worse} {margin:+.0f} points, so any gain is smaller than that. Fewer than {FEWEST} pairs decide "
+            "nothing.")
 
 
 ADDS = _gain("below", "above", -MARGIN)     # of measures that are better when lower
@@ -207,8 +208,8 @@ def _adds(one: Compared, p: float) -> Check:
     note = f"; {one.test.note}" if one.test.note else ""
     shown = "-" if math.isnan(p) else f"{p:.3g}"
     return Check(one.subject, SUPPORTED if gained else REFUTED if refuted else UNDECIDED,
-                 f"{heading(one.measure)} {interval.mean:+.2f} points [{interval.low:+.2f}, {interval.high:+.2f}] "
-                 f"against {one.control}, "
+                 f"{heading(one.measure)} {interval.mean:+.2f} points "
+                 f"[{interval.low:+.2f}, {interval.high:+.2f}] against {one.control}, "
                  f"Wilcoxon p (Holm) = {shown}, {len(one.paired)} (attack, seed) pairs{note}",
                  interval.mean, interval.low, interval.high, len(one.paired), p)
 
