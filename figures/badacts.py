@@ -111,7 +111,8 @@ def suspicion(results: Results, dataset: str) -> Figure | None:
     data = pd.concat(parts)
 
     def draw() -> Canvas:
-        with tiles(list(thresholds), "abnormal activations (1 - NAS)", "sentences (%)") as (figure, axes):
+        names = list(thresholds), "share of abnormal activations (1 - NAS)", "sentences (%)"
+        with tiles(*names) as (figure, axes):
             # The longest tail of a few sentences would squeeze everything else.
             edges = np.linspace(data.suspicion.min(), max(data.suspicion.quantile(0.995), *thresholds.values()), 41)
             for axis, (attack, threshold) in zip(axes, thresholds.items(), strict=True):
@@ -153,7 +154,8 @@ def roc(results: Results, dataset: str) -> Figure | None:
         return None
 
     def draw() -> Canvas:
-        with tiles(list(curves), "clean flagged (FRR, %)", "triggered flagged (%)", height=1.9, extra=1.0) as (figure, axes):
+        names = list(curves), "clean flagged (FRR, %)", "triggered flagged (%)"
+        with tiles(*names, height=1.9, extra=1.0) as (figure, axes):
             for axis, found in zip(axes, curves.values(), strict=True):
                 for i, (defense, variant, frr, detected) in enumerate(found):
                     plain = variant == "released"

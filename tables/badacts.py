@@ -71,7 +71,8 @@ FACTORS = (
            measures=SHOWN),
     Factor("validation", "defense", "Defense", "The share of the validation split that the defender has.",
            within=("share", "Clean data"), on=ON, measures=SHOWN),
-    Factor("poison-rate", "defense", "Defense", "The share of the training set that is poisoned.", within=("rate", "Poisoned"), on=ON, measures=SHOWN),
+    Factor("poison-rate", "defense", "Defense", "The share of the training set that is poisoned.",
+           within=("rate", "Poisoned"), on=ON, measures=SHOWN),
 )
 # The kinds of intervals compared, in the order of their table.
 KINDS = (METHOD, STATISTICS, INITIAL, RANDOM, CLS)

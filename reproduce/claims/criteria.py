@@ -250,17 +250,17 @@ def up_to(results: Results, rows: dict[str, pd.DataFrame], defense: str, base: s
 
 
 def claim(paper: str, name: str, statement: str, source: str, criterion: str, checks: Sequence[Check],
-          runs: tuple[str, ...]) -> Claim:
-    """A claim whose outcome is its checks' combined."""
+          runs: tuple[str, ...], of: str = "attacks", sample: str = "images") -> Claim:
+    """A claim whose outcome is its checks' combined. of: what the checks are; sample: what a test set consists of."""
     outcome = combine(checks)
     if len(checks) == 1:
         evidence = checks[0].text
     else:
         kinds = [check.outcome for check in checks]
         counted = (f"{kinds.count(kind)} {kind}" for kind in (SUPPORTED, REFUTED, UNDECIDED, NOT_RUN) if kind in kinds)
-        evidence = f"{'; '.join(counted)}, of {len(checks)} attacks"
+        evidence = f"{'; '.join(counted)}, of {len(checks)} {of}"
     if any(check.n == 1 and not math.isnan(check.low) for check in checks):
-        evidence += " (one seed: the interval covers test images, not training)"
+        evidence += f" (one seed: the interval covers test {sample}, not training)"
     return Claim(PAPERS[paper], name, statement, source, criterion, outcome, outcome, "", evidence, tuple(checks), runs)
 
 
