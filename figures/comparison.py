@@ -66,7 +66,7 @@ def number(text: str) -> float:
 
 
 def ablation(results: Results, study: Study, factor: Factor) -> list[Figure]:
-    """One factor varied, on BadNets."""
+    """One factor varied."""
     def build() -> Figure | None:
         keys = list(factor.keys)
         data = done(rows(results, study.paper, factor.item, *keys), keys, ("asr", "acc"))
@@ -75,7 +75,7 @@ def ablation(results: Results, study: Study, factor: Factor) -> list[Figure]:
         # With a second label its values are the rows, and the factor's the dots in them.
         line, series = (keys[0], keys[1]) if factor.within else (keys[0], None)
         return Figure(factor.item, f"{study.name}: {factor.name}",
-                      f"BadNets. {factor.caption} {BARS} {seeds(data)}.",
+                      f"{factor.on}. {factor.caption} {BARS} {seeds(data)}.",
                       lambda: dots(data, line, series, ("asr", "acc")), data, seeds(data))
     return if_present(results, study.paper, factor.item, build)
 

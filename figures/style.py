@@ -12,8 +12,8 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from tables.layout import estimates
-from tables.render import SMOKE
+from tables.layout import DETECTION, estimates
+from tables.render import SMOKE, heading
 
 matplotlib.use("Agg")
 
@@ -28,14 +28,19 @@ SETTINGS = {
     "grid.linewidth": 0.5, "grid.color": "0.9", "lines.linewidth": 1.2, "lines.markersize": 4,
     "pdf.fonttype": 42, "figure.constrained_layout.use": True,
 }
-LABELS = {"asr": "ASR (%)", "acc": "ACC (%)", "acc_nontarget": "ACC non-target (%)", "ra": "RA (%)"}
+LABELS = {measure: f"{heading(measure)} (%)" for measure in ("asr", "acc", "acc_nontarget", "ra", *DETECTION)}
 # The same defense looks the same in every figure of every paper.
 LOOKS = {"Before": ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
     ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"),
     ("NAD, betas 2000/5000/2000", 8, "<"), ("ARGD without distillation", 9, "D"), ("ARGD", 1, "X"),
-    ("ANP", 7, "p"), ("I-BAU", 9, "h"), ("NC", 8, ">"))},
+    ("ANP", 7, "p"), ("I-BAU", 9, "h"), ("NC", 8, ">"),
+    ("CUBE", 5, "p"), ("ONION", 3, "^"), ("Word drop", 8, "v"), ("STRIP", 9, "D"), ("RAP", 1, "h"), ("DAN", 4, ">"))},
     "MCLDef": ("#4b1d6b", "X"), "MCLDef, random trigger": ("#c3a0dc", "o"),
-    "MCLDef, cross-entropy": ("#8e5bb8", "d"), "MCLDef, target estimated": ("#6a3a94", "*")}
+    "MCLDef, cross-entropy": ("#8e5bb8", "d"), "MCLDef, target estimated": ("#6a3a94", "*"),
+    "BadActs": ("#0a2f6b", "X"), "BadActs, described": ("#0a2f6b", "+"), "BadActs, flagged only": ("#1f4f9c", "P"),
+    "BadActs, flagged rejected": ("#1f4f9c", "*"), "BadActs, mu ± 3 sigma": ("#7fa4dd", "o"),
+    "BadActs, not optimised": ("#a9c3ea", "s"), "BadActs, dealt anew": ("#5580c2", "d"),
+    "BadActs, [CLS] only": ("#3f69ad", "<")}
 LEGEND_WIDTH = 80   # characters in one line of a legend
 BARS = "Bars: 95 % t intervals over seeds; with two seeds from one to the other; with one its Wilson interval."
 
@@ -87,6 +92,21 @@ def panels(height: float, measures: Sequence[str], share_y: bool = False) -> Ite
     figure = canvas(height)
     axes = figure.subplots(1, len(measures), sharey=share_y, squeeze=False)[0]
     yield figure, list(axes)
+
+
+@contextmanager
+def tiles(titles: Sequence[str], xlabel: str, ylabel: str, height: float = 1.5, columns: int = 2, extra: float = 0.7
+          ) -> Iterator[tuple[Canvas, list[Axes]]]:
+    """A grid of axes that share both scales, each with its title; `height` of a row and `extra` of all, in inches."""
+    lines_ = -(-len(titles) // columns)
+    figure = canvas(extra + height * lines_)
+    grid = figure.subplots(lines_, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for place, (axis, title) in enumerate(zip(grid, titles, strict=False)):
+        axis.set_title(title)
+        axis.set(xlabel=xlabel if place + columns >= len(titles) else "", ylabel="" if place % columns else ylabel)
+    for axis in grid[len(titles):]:
+        axis.remove()
+    yield figure, list(grid[:len(titles)])
 
 
 def seeds(data: pd.DataFrame) -> str:

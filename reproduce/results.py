@@ -24,7 +24,8 @@ class Results:
     def frame(self, paper: str, item: str) -> pd.DataFrame:
         """One row per entry of a table: its labels, seed, status, run name, and the measures (NaN where not done).
 
-        Measures are in percent, seconds in seconds. Rows keep the protocol's order.
+        Measures are in percent, seconds in seconds. Rows keep the protocol's order. dataset and model are the
+        victim's. A label with a measure's name (the FRR a threshold is chosen for) is the column "<name>_set".
         """
         rows = []
         for entry in self.entries:
@@ -32,8 +33,11 @@ class Results:
                 continue
             run = self.run(entry.task)
             measured = run.json("metrics") if run else {}
-            rows.append({**entry.labels, "seed": entry.task.seed, "run": entry.task.name,
-                         "status": self.status(entry.task.name), **{key: measured.get(key) for key in MEASURES}})
+            labels = {f"{key}_set" if key in MEASURES else key: value for key, value in entry.labels.items()}
+            victim = getattr(entry.task, "victim", None)
+            rows.append({**labels, "seed": entry.task.seed, "run": entry.task.name,
+                         "status": self.status(entry.task.name), "dataset": victim.dataset if victim else None,
+                         "model": victim.model if victim else None, **{key: measured.get(key) for key in MEASURES}})
         frame = pd.DataFrame(rows)
         for key in MEASURES:
             if key in frame:

@@ -11,6 +11,7 @@ from reproduce.results import Results
 from reproduce.statistics import ALPHA, hierarchical_bootstrap, holm, wilcoxon
 from tables.layout import (
     BEFORE,
+    PERCENT,
     attack_grid,
     averages,
     by_image,
@@ -36,6 +37,7 @@ class Study:
     main: {(item, variant): (table name, title)} of the attack grids, in the report's order.
     attacks: {item: which attacks it holds, in words}.
     tall: too many defenses to stand side by side: a table per measure, a row per defense.
+    sample: what a test set consists of. measures: how the paper calls its measures, said where all are shown.
     """
 
     paper: str
@@ -44,6 +46,8 @@ class Study:
     main: dict[tuple[str, str], tuple[str, str]]
     attacks: dict[str, str]
     tall: bool = False
+    sample: str = "image"
+    measures: str = "ACC non-target is {name}'s own accuracy: without the target class."
 
     @property
     def items(self) -> list[str]:
@@ -83,9 +87,10 @@ def grids(results: Results, study: Study) -> list[Table]:
             continue
         frame = main_rows(results, study, item, variant)
         title = f"{study.name}: {title}"
-        caption = "ASR on triggered non-target test images and ACC on all clean test images."
+        caption = f"ASR on triggered non-target test {study.sample}s and ACC on all clean test {study.sample}s."
         if study.tall:
-            built += [defense_grid(results, frame, measure, name=f"{name}{ending}", title=title, caption=caption)
+            built += [defense_grid(results, frame, measure, name=f"{name}{ending}", title=title, caption=caption,
+                                   sample=study.sample)
                       for measure, ending in (("asr", ""), ("acc", "-acc"))]
         else:
             built.append(attack_grid(results, frame, name=name, title=title, caption=caption))
@@ -108,8 +113,8 @@ def complete(results: Results, study: Study, item: str) -> Table:
     flagged = f" The attack did not take: {', '.join(weak)}." if weak else ""
     return listing(results, frame, {"attack": "Attack", "defense": "Defense", "variant": "Settings"},
                    name=f"{item}-complete", title=f"{study.name}: every measure, {study.attacks[item]}",
-                   within=["attack"],
-                   caption=f"ACC non-target is {study.name}'s own accuracy: without the target class.{flagged}")
+                   within=["attack"], sample=study.sample,
+                   caption=f"{study.measures.format(name=study.name)}{flagged}")
 
 
 def mean_over_attacks(results: Results, study: Study, item: str) -> Table:
@@ -167,7 +172,8 @@ def significance(results: Results, study: Study, item: str, control: str) -> Tab
                  "hierarchical bootstrap interval. p: exact two-sided Wilcoxon signed-rank test over (attack, seed) "
                  "pairs, which takes the seeds of an attack as independent; p over attacks: the same on one mean "
                  "difference per attack, not corrected. Below 6 non-zero differences p cannot reach 0.05. Holm: over "
-                 "the rows of this table. McNemar: in how many pairs, test image by test image, the measure is "
+                 "the rows of this table. McNemar: in how many pairs, test "
+                 f"{study.sample} by test {study.sample}, the measure is "
                  "significantly lower or higher (5 %, Holm over the pairs of the row).", pd.DataFrame(shown), data,
                  frame)
 
@@ -190,9 +196,9 @@ def against(results: Results, part: pd.DataFrame, control: pd.DataFrame, measure
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor varied on BadNets: its item, the label it is varied under, a heading and a caption.
+    """One factor varied on one attack: its item, the label it is varied under, a heading and a caption.
 
-    within: a second label whose values are compared apart, with its heading.
+    within: a second label whose values are compared apart, with its heading. on: the attack. measures: the columns.
     """
 
     item: str
@@ -200,11 +206,14 @@ class Factor:
     title: str
     caption: str
     within: tuple[str, str] | None = None
+    on: str = "BadNets"
+    measures: Sequence[str] = PERCENT
 
     @property
     def name(self) -> str:
         """What is varied, in a title."""
-        return (self.within[1] if self.within else self.title).lower()
+        text = self.within[1] if self.within else self.title
+        return text if text[:2].isupper() else text[:1].lower() + text[1:]
 
     @property
     def keys(self) -> dict[str, str]:
@@ -217,7 +226,7 @@ def ablation(results: Results, study: Study, factor: Factor) -> list[Table]:
     return if_present(results, study.paper, factor.item, lambda: listing(
         results, rows(results, study.paper, factor.item, *factor.keys), factor.keys, name=factor.item,
         title=f"{study.name}: {factor.name}", within=[factor.within[0]] if factor.within else [],
-        caption=f"BadNets. {factor.caption}"))
+        measures=factor.measures, sample=study.sample, caption=f"{factor.on}. {factor.caption}"))
 
 
 def clean_fraction(results: Results, study: Study) -> list[Table]:
@@ -232,7 +241,7 @@ def clean_fraction(results: Results, study: Study) -> list[Table]:
 def cost(results: Results, study: Study, items: Sequence[str] = ("main",)) -> Table:
     """Seconds per run, on the hardware they ran on; "Before" is the victim's training."""
     frame = pd.concat([rows(results, study.paper, item, "attack", "defense", "variant") for item in items])
-    frame["hardware"] = [_hardware(results, row.run) if row.status == "done" else "" for row in frame.itertuples()]
+    frame["hardware"] = [hardware(results, row.run) if row.status == "done" else "" for row in frame.itertuples()]
     frame = measured(frame, "seconds")
     keys = {"defense": "Run", "variant": "Settings", "hardware": "Hardware"}
     data = estimates(frame, list(keys), ["seconds"]) if len(frame) else frame
@@ -243,7 +252,8 @@ def cost(results: Results, study: Study, items: Sequence[str] = ("main",)) -> Ta
                  "longer than they need.", pd.DataFrame(shown), data, frame)
 
 
-def _hardware(results: Results, name: str) -> str:
+def hardware(results: Results, name: str) -> str:
+    """What a finished run was computed on."""
     run = results.finished(name)
     environment = run.json("environment")
     device = environment.get("device", "unknown")

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from reproduce.metrics import wilson
 from reproduce.results import Results
 from reproduce.statistics import (
     ALPHA,
+    LEVEL,
     Interval,
     McNemar,
     PairedTest,
     hierarchical_bootstrap,
     holm,
     mcnemar,
+    paired_difference,
     paired_t,
     sample_sd,
     t_interval,
@@ -28,17 +31,25 @@ PUBLISHED = Path(__file__).parent / "published"
 BEFORE = "Before"
 TOOK = 50.0     # percent: below this ASR before the defense, there is no backdoor worth erasing
 PERCENT = ("acc", "acc_nontarget", "asr", "ra")
-COUNT = {"acc": "n_clean", "acc_nontarget": "n_nontarget", "asr": "n_nontarget", "ra": "n_nontarget"}
+AREAS = ("auroc", "auroc_target")       # in percent too, but no share of the test samples
+DETECTION = (*AREAS, "far", "frr")
+# Measures that are a share of test samples, and the column with the number of them.
+COUNT = {"acc": "n_clean", "acc_nontarget": "n_nontarget", "asr": "n_nontarget", "ra": "n_nontarget",
+         "far": "n_nontarget", "frr": "n_clean"}
+LOWER = ("asr", "far", "frr")           # better when lower
 MARKS = ("Bold: best mean of the column's defenses; underlined (italic in Markdown): not significantly worse than it "
          "(paired over seeds: t test; with one seed exact McNemar over test images; Holm within the column, 5 %). With "
          "two or three seeds hardly any difference is significant.")
 SPREAD = ("Percent, mean ± sample SD over seeds; with one seed, the value and its 95 % Wilson interval. "
           "n: seeds. - : not available.")
+WITHOUT_TEST = ("AUROC with one seed: Hanley and McNeil's (1982) 95 % interval (none for AUROC target, which leaves "
+                "samples out), and no marks, as there is no test sample by sample.")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over n seeds; sd (sample) from two seeds on; a 95 % interval by `method`: "t", or "Wilson" with one seed."""
+    """Mean over n seeds; sd (sample) from two seeds on; a 95 % interval by `method`: "t", or with one seed "Wilson" or
+    "Hanley-McNeil"."""
 
     n: int
     mean: float
@@ -78,14 +89,29 @@ def estimate(rows: pd.DataFrame, measure: str) -> Estimate:
     if not values:
         return Estimate(0, math.nan, math.nan, math.nan, math.nan, "")
     if len(values) == 1:
-        low, high = math.nan, math.nan
-        if measure in PERCENT:
+        low, high, method = math.nan, math.nan, ""
+        if measure in COUNT:
             trials = int(rows[COUNT[measure]].iloc[0])
             low, high = wilson(round(values[0] / 100 * trials), trials)
-        return Estimate(1, values[0], math.nan, low, high, "Wilson" if measure in PERCENT else "")
+            method = "Wilson"
+        elif measure == "auroc":
+            low, high = hanley_mcneil(values[0], int(rows.n_nontarget.iloc[0]), int(rows.n_clean.iloc[0]))
+            method = "Hanley-McNeil"
+        return Estimate(1, values[0], math.nan, low, high, method)
     interval = t_interval(values)
-    top = 100.0 if measure in PERCENT else math.inf
+    top = 100.0 if measure in COUNT or measure in AREAS else math.inf
     return Estimate(len(values), interval.mean, sample_sd(values), max(0.0, interval.low), min(top, interval.high), "t")
+
+
+def hanley_mcneil(area: float, positives: int, negatives: int, level: float = LEVEL) -> tuple[float, float]:
+    """Normal interval of an AUROC in percent, from it and the two numbers of samples alone (Hanley & McNeil,
+    Radiology 1982). A triggered sentence counts as independent of its clean source."""
+    a = area / 100
+    both_triggered, both_clean = a / (2 - a), 2 * a * a / (1 + a)
+    variance = (a * (1 - a) + (positives - 1) * (both_triggered - a * a) + (negatives - 1) * (both_clean - a * a)) \
+        / (positives * negatives)
+    half = 100 * float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(max(0.0, variance))
+    return max(0.0, area - half), min(100.0, area + half)
 
 
 def estimates(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
@@ -140,13 +166,14 @@ def differences(paired: list[Pair]) -> dict[str, list[float]]:
 def outcomes(results: Results, name: str, measure: str) -> np.ndarray:
     """Per-sample success of a finished run, bool (N,)."""
     run = results.finished(name)
-    return run.predictions().hits()[measure]
+    return run.hits()[measure]
 
 
 def compare(results: Results, first: pd.DataFrame, second: pd.DataFrame, measure: str) -> PairedTest:
-    """Two defenses on the same victims: paired t over seeds, exact McNemar where there is one seed only."""
+    """Two defenses on the same victims: paired t over seeds, exact McNemar where there is one seed only and the measure
+    is a share of test samples."""
     paired = pairs(first, second, measure)
-    if len(paired) == 1:
+    if len(paired) == 1 and measure in COUNT:
         return PairedTest(1, by_image(results, paired[0], measure).p)
     return paired_t([pair.difference for pair in paired])
 
@@ -156,22 +183,33 @@ def by_image(results: Results, pair: Pair, measure: str) -> McNemar:
     return mcnemar(outcomes(results, pair.run_first, measure), outcomes(results, pair.run_second, measure))
 
 
+def mean_difference(results: Results, paired: list[Pair], measure: str) -> Interval:
+    """First minus second: t interval over seeds, with one seed the interval over its test samples."""
+    if len(paired) > 1:
+        return t_interval([pair.difference for pair in paired])
+    return paired_difference(*(outcomes(results, name, measure) for name in (paired[0].run_first,
+                                                                             paired[0].run_second)))
+
+
 def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequence[str],
          within: Sequence[str]) -> pd.DataFrame:
     """`data` with BEST and TIED set: per group of `within` and measure, among the compared rows except "Before"."""
     data = data.copy()
     groups = dict(iter(frame.groupby(list(keys), sort=False)))
-    compared = data[(data.n > 0) & data.measure.isin(PERCENT)]
+    compared = data[(data.n > 0) & data.measure.isin([*COUNT, *AREAS])]
     if "defense" in keys:
         compared = compared[compared.defense != BEFORE]
     for _group, candidates in compared.groupby([*within, "measure"], sort=False):
         if len(candidates) < 2:
             continue
         measure = candidates.measure.iloc[0]
-        best = candidates["mean"].idxmin() if measure == "asr" else candidates["mean"].idxmax()
+        best = candidates["mean"].idxmin() if measure in LOWER else candidates["mean"].idxmax()
         others = [i for i in candidates.index if i != best]
         rows = {i: groups[tuple(data.loc[i, list(keys)])] for i in candidates.index}
         adjusted = holm([compare(results, rows[i], rows[best], measure).p for i in others])
+        # A best one marked alone would seem to be significantly better than those it could not be tested against.
+        if measure in AREAS and any(map(math.isnan, adjusted)):
+            continue
         data.loc[best, "mark"] = BEST
         data.loc[[i for i, p in zip(others, adjusted, strict=True) if p >= ALPHA], "mark"] = TIED
     return data
@@ -201,12 +239,19 @@ def table(name: str, title: str, caption: str, frame: pd.DataFrame, data: pd.Dat
           legend: str = "") -> Table:
     """A Table whose seeds and runs are the finished ones of the results frame `source`."""
     done = source[source.status == "done"]
+    datasets, models = (tuple(done[key].dropna().unique()) if key in done else () for key in ("dataset", "model"))
     return Table(name, title, caption, frame, data, tuple(sorted({int(seed) for seed in done.seed})),
-                 tuple(dict.fromkeys(done.run)), legend)
+                 tuple(dict.fromkeys(done.run)), legend, datasets, models)
+
+
+def legend(measures: Sequence[str], sample: str = "image") -> str:
+    """How to read the cells of these measures. sample: what the test set consists of."""
+    said = f"{SPREAD} {MARKS}".replace("test images", f"test {sample}s")
+    return f"{said} {WITHOUT_TEST}" if set(measures) & set(AREAS) else said
 
 
 def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name: str, title: str, caption: str,
-            within: Sequence[str] = (), measures: Sequence[str] = PERCENT) -> Table:
+            within: Sequence[str] = (), measures: Sequence[str] = PERCENT, sample: str = "image") -> Table:
     """One row per group of `keys` (label -> heading), one column per measure, and n. Marks compare rows that agree
     in `within`."""
     data = mark(results, frame, estimates(frame, list(keys), measures), list(keys), within)
@@ -214,7 +259,7 @@ def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name
     for group, part in data.groupby(list(keys), sort=False):
         cells = {heading(row.measure): printed(row) for _, row in part.iterrows()}
         rows.append({**dict(zip(keys.values(), group, strict=True)), **cells, "n": Value(counts(part.n.to_list()))})
-    return table(name, title, caption, pd.DataFrame(rows), data, frame, f"{SPREAD} {MARKS}")
+    return table(name, title, caption, pd.DataFrame(rows), data, frame, legend(measures, sample))
 
 
 def victims_asr(frame: pd.DataFrame) -> dict[str, float]:
@@ -282,11 +327,11 @@ def attack_grid(results: Results, frame: pd.DataFrame, *, name: str, title: str,
     numbers = pd.concat([data, means.assign(**extra)[data.columns]]) if len(means) else data
     flagged = f" † ASR before any defense below {TOOK:.0f} %: the attack did not take." if weak else ""
     return table(name, title, f"{caption} Averages: over attacks, on the (attack, seed) pairs finished for every "
-                 f"defense shown.{flagged}", shown, numbers, frame, f"{SPREAD} {MARKS}")
+                 f"defense shown.{flagged}", shown, numbers, frame, legend(measures))
 
 
 def defense_grid(results: Results, frame: pd.DataFrame, measure: str, *, name: str, title: str,
-                 caption: str) -> Table:
+                 caption: str, sample: str = "image") -> Table:
     """One measure of many defenses: a row per defense, a column per attack."""
     keys = ["attack", "defense"]
     data = mark(results, frame, estimates(frame, keys, [measure]), keys, ["attack"])
@@ -297,4 +342,4 @@ def defense_grid(results: Results, frame: pd.DataFrame, measure: str, *, name: s
         rows.append({"Defense": defense, **cells, "n": Value(counts(part.n.to_list()))})
     flagged = f" † ASR before any defense below {TOOK:.0f} %: the attack did not take." if weak else ""
     return table(name, f"{title}: {heading(measure)}", f"{caption}{flagged}",
-                 pd.DataFrame(rows).fillna(Value(MISSING)), data, frame, f"{SPREAD} {MARKS}")
+                 pd.DataFrame(rows).fillna(Value(MISSING)), data, frame, legend([measure], sample))

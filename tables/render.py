@@ -17,7 +17,8 @@ SMOKE = "smoke scale"
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
           "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}", "±": r"$\pm$",
           "<": r"$<$", ">": r"$>$", "≥": r"$\geq$", "≤": r"$\leq$", "†": r"$\dagger$", "–": "--", "×": r"$\times$"}
-_HEADINGS = {"acc": "ACC", "acc_nontarget": "ACC non-target", "asr": "ASR", "ra": "RA"}
+_HEADINGS = {"acc": "ACC", "acc_nontarget": "ACC non-target", "asr": "ASR", "ra": "RA", "auroc": "AUROC",
+             "auroc_target": "AUROC target", "far": "FAR", "frr": "FRR"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Value:
 class Table:
     """frame: what is printed, of Value and str; columns are str or (group, column) pairs; the index is not printed.
 
-    data: the same numbers, one row per number, for the CSV file. seeds and runs: what they were computed from.
+    data: the same numbers, one row per number, for the CSV file. seeds, runs, datasets and models: what they were
+    computed from; no data set and model where the runs' tasks name none.
     legend: how to read the cells, in every file; the report says it once for all tables.
     """
 
@@ -48,6 +50,8 @@ class Table:
     seeds: tuple[int, ...] = ()
     runs: tuple[str, ...] = ()
     legend: str = ""
+    datasets: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 def heading(measure: str) -> str:
@@ -61,11 +65,14 @@ def title(table: Table, profile: Profile) -> str:
 
 
 def provenance(table: Table, profile: Profile) -> str:
-    """One line: profile with its note, seeds, number of runs."""
+    """One line: profile with its note, data sets and models of the runs (the profile's where they name none), seeds,
+    number of runs."""
     if not table.runs:
         return "Published values; no run of this artifact is shown."
     seeds = ", ".join(map(str, table.seeds)) or "none"
-    return (f"Profile {profile.name} ({profile.note}); dataset {profile.dataset}, model {profile.model}; "
+    places = ", ".join(f"{kind}{'s' * (len(names) > 1)} {', '.join(names)}" for kind, names in (
+        ("dataset", table.datasets or (profile.dataset,)), ("model", table.models or (profile.model,))))
+    return (f"Profile {profile.name} ({profile.note}); {places}; "
             f"seeds {seeds}; {len(table.runs)} finished run{'' if len(table.runs) == 1 else 's'}.")
 
 

@@ -14,12 +14,22 @@ from reproduce.statistics import (
     PairedTest,
     hierarchical_bootstrap,
     holm,
-    paired_difference,
-    t_interval,
     wilcoxon,
 )
 from tables.comparison import Study, main_rows
-from tables.layout import BEFORE, TOOK, Pair, differences, estimate, outcomes, pairs, present, victims_asr
+from tables.layout import (
+    BEFORE,
+    LOWER,
+    TOOK,
+    Pair,
+    differences,
+    estimate,
+    mean_difference,
+    pairs,
+    present,
+    victims_asr,
+)
+from tables.render import heading
 
 SUPPORTED, REFUTED, UNDECIDED, NOT_RUN = "supported", "not supported", "inconclusive", "not run"
 
@@ -96,8 +106,16 @@ def defenses(results: Results, study: Study, variant: str, item: str = "main") -
     return dict(iter(main_rows(results, study, item, variant).groupby("defense", sort=False)))
 
 
-def erases(rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str]) -> list[Check]:
-    """Per attack: a working backdoor before, and the interval of ASR after wholly below ERASED."""
+def above(interval: Interval, threshold: float) -> str:
+    """Supported if the whole interval lies above the threshold, not supported if below it."""
+    if interval.above(threshold):
+        return SUPPORTED
+    return REFUTED if interval.below(threshold) else UNDECIDED
+
+
+def erases(rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str],
+           threshold: float = ERASED) -> list[Check]:
+    """Per attack: a working backdoor before, and the interval of ASR after wholly below `threshold`."""
     checks = []
     for attack in attacks:
         before, after = of(rows, BEFORE, attack), of(rows, defense, attack)
@@ -105,7 +123,7 @@ def erases(rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str]) 
             checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
             continue
         taken = estimate(before, "asr").mean
-        outcome = below(value.interval, ERASED) if taken >= TOOK else UNDECIDED
+        outcome = below(value.interval, threshold) if taken >= TOOK else UNDECIDED
         note = "" if taken >= TOOK else "; the attack did not take, so there was nothing to erase"
         checks.append(Check(attack, outcome, f"{attack}: ASR {taken:.1f} -> {value.mean:.1f} "
                             f"[{value.low:.1f}, {value.high:.1f}], n = {value.n}{note}",
@@ -136,45 +154,46 @@ def of(rows: dict[str, pd.DataFrame], defense: str, attack: str) -> pd.DataFrame
     return None if part is None else part[part.attack == attack]
 
 
-def mean_difference(results: Results, paired: list[Pair], measure: str) -> Interval:
-    """First minus second: t interval over seeds, with one seed the interval over its test images."""
-    if len(paired) > 1:
-        return t_interval([pair.difference for pair in paired])
-    return paired_difference(*(outcomes(results, name, measure) for name in (paired[0].run_first,
-                                                                             paired[0].run_second)))
+def _gain(better: str, worse: str, margin: float) -> str:
+    return ("Supported: exact Wilcoxon signed-rank p < 0.05 (Holm over {family}) and the hierarchical bootstrap "
+            f"interval of the mean difference {better} 0; its size is given. Not supported: that interval wholly "
+            f"{worse} {margin:+.0f} points, so any gain is smaller than that. Fewer than {FEWEST} pairs decide "
+            "nothing.")
 
 
-ADDS = ("Supported: exact Wilcoxon signed-rank p < 0.05 (Holm over {family}) and the hierarchical bootstrap interval "
-        "of the mean difference below 0; its size is given. Not supported: that interval wholly above "
-        f"-{MARGIN:.0f} points, so any gain is smaller than that. Fewer than {FEWEST} pairs decide nothing.")
+ADDS = _gain("below", "above", -MARGIN)     # of measures that are better when lower
+RAISES = _gain("above", "below", MARGIN)    # of the others
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A defense against a control in ASR, paired by attack and seed, on backdoors that work."""
+    """A defense against a control in one measure, paired by attack and seed, on backdoors that work."""
 
     subject: str
     control: str
     paired: list[Pair]
     interval: Interval
     test: PairedTest
+    measure: str = "asr"
 
     @property
     def runs(self) -> tuple[str, ...]:
         return tuple(name for pair in self.paired for name in (pair.run_first, pair.run_second))
 
 
-def compared(rows: dict[str, pd.DataFrame], subject: str, defense: str, control: str) -> Compared:
+def compared(rows: dict[str, pd.DataFrame], subject: str, defense: str, control: str,
+             measure: str = "asr") -> Compared:
     """`defense` against `control`; subject: what the check is called."""
     working = [] if BEFORE not in rows else [a for a, asr in victims_asr(rows[BEFORE]).items() if asr >= TOOK]
-    paired = [pair for pair in pairs(rows[defense], rows[control], "asr") if pair.attack in working] \
+    paired = [pair for pair in pairs(rows[defense], rows[control], measure) if pair.attack in working] \
         if defense in rows and control in rows else []
     return Compared(subject, control, paired, hierarchical_bootstrap(list(differences(paired).values())),
-                    wilcoxon([pair.difference for pair in paired]))
+                    wilcoxon([pair.difference for pair in paired]), measure)
 
 
 def adds(family: Sequence[Compared]) -> list[Check]:
-    """Whether each defense lowers ASR beyond its control; the p-values are one family (see ADDS)."""
+    """Whether each defense lowers ASR beyond its control (see ADDS), or raises another measure (see RAISES); the
+    p-values are one family."""
     adjusted = holm([one.test.p for one in family])
     return [_adds(one, p) for one, p in zip(family, adjusted, strict=True)]
 
@@ -183,12 +202,14 @@ def _adds(one: Compared, p: float) -> Check:
     interval = one.interval
     if not one.paired:
         return Check(one.subject, NOT_RUN, "not run", p=p)
-    gained = p < ALPHA and interval.below(0.0)
-    refuted = len(one.paired) >= FEWEST and interval.above(-MARGIN)
+    lower = one.measure in LOWER
+    gained = p < ALPHA and (interval.below(0.0) if lower else interval.above(0.0))
+    refuted = len(one.paired) >= FEWEST and (interval.above(-MARGIN) if lower else interval.below(MARGIN))
     note = f"; {one.test.note}" if one.test.note else ""
     shown = "-" if math.isnan(p) else f"{p:.3g}"
     return Check(one.subject, SUPPORTED if gained else REFUTED if refuted else UNDECIDED,
-                 f"ASR {interval.mean:+.2f} points [{interval.low:+.2f}, {interval.high:+.2f}] against {one.control}, "
+                 f"{heading(one.measure)} {interval.mean:+.2f} points "
+                 f"[{interval.low:+.2f}, {interval.high:+.2f}] against {one.control}, "
                  f"Wilcoxon p (Holm) = {shown}, {len(one.paired)} (attack, seed) pairs{note}",
                  interval.mean, interval.low, interval.high, len(one.paired), p)
 
@@ -229,17 +250,17 @@ def up_to(results: Results, rows: dict[str, pd.DataFrame], defense: str, base: s
 
 
 def claim(paper: str, name: str, statement: str, source: str, criterion: str, checks: Sequence[Check],
-          runs: tuple[str, ...]) -> Claim:
-    """A claim whose outcome is its checks' combined."""
+          runs: tuple[str, ...], of: str = "attacks", sample: str = "images") -> Claim:
+    """A claim whose outcome is its checks' combined. of: what the checks are; sample: what a test set consists of."""
     outcome = combine(checks)
     if len(checks) == 1:
         evidence = checks[0].text
     else:
         kinds = [check.outcome for check in checks]
         counted = (f"{kinds.count(kind)} {kind}" for kind in (SUPPORTED, REFUTED, UNDECIDED, NOT_RUN) if kind in kinds)
-        evidence = f"{'; '.join(counted)}, of {len(checks)} attacks"
+        evidence = f"{'; '.join(counted)}, of {len(checks)} {of}"
     if any(check.n == 1 and not math.isnan(check.low) for check in checks):
-        evidence += " (one seed: the interval covers test images, not training)"
+        evidence += f" (one seed: the interval covers test {sample}, not training)"
     return Claim(PAPERS[paper], name, statement, source, criterion, outcome, outcome, "", evidence, tuple(checks), runs)
 
 

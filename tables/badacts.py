@@ -1,0 +1,312 @@
+"""BadActs' tables, from the runs of `reproduce.protocols.badacts`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pandas as pd
+
+from reproduce.protocols.badacts import (
+    CLS,
+    INITIAL,
+    METHOD,
+    PAPER,
+    RANDOM,
+    REJECT,
+    STATISTICS,
+    THEN,
+    detection,
+    purification,
+)
+from reproduce.results import Results
+from reproduce.statistics import holm
+from tables.comparison import (
+    Factor,
+    Study,
+    ablation,
+    bounds,
+    details,
+    grids,
+    hardware,
+    if_present,
+    probability,
+    rows,
+)
+from tables.layout import (
+    BEFORE,
+    DETECTION,
+    SPREAD,
+    compare,
+    counts,
+    estimate,
+    estimates,
+    grouped,
+    legend,
+    listing,
+    mark,
+    mean_difference,
+    measured,
+    not_taken,
+    pairs,
+    present,
+    printed,
+    table,
+)
+from tables.render import MISSING, Table, Value, heading
+
+SAMPLE = "sentence"
+NAMES = ("ACC is the paper's CACC, RA its PACC: the share of triggered sentences that get their source's true label. "
+         "With two classes RA is 100 - ASR, unless sentences are rejected.")
+ON = "AddSent"
+SHOWN = ("acc", "ra", "asr")
+FACTORS = (
+    Factor("deviations", "k", "k (sigmas)", "A unit is abnormal outside mu ± k sigma of its clean activations; "
+           "released: 3. The threshold is chosen for 5 % FRR each time.", on=ON, measures=DETECTION),
+    Factor("frr", "frr_set", "FRR wanted", "Only flagged sentences are purified; the threshold is the suspicion that "
+           "this share of the held-out clean sentences exceeds. Released: 20 % here, 5 % for detection alone.", on=ON,
+           measures=(*SHOWN, "far", "frr")),
+    Factor("weight", "weight", "First weight", "Of the intervals' width in the loss, before its schedule; released: "
+           "0.1.", on=ON, measures=SHOWN),
+    Factor("layers", "layers", "Layers clamped", "With the intervals that were optimised for all layers.", on=ON,
+           measures=SHOWN),
+    Factor("validation", "defense", "Defense", "The share of the validation split that the defender has.",
+           within=("share", "Clean data"), on=ON, measures=SHOWN),
+    Factor("poison-rate", "defense", "Defense", "The share of the training set that is poisoned.",
+           within=("rate", "Poisoned"), on=ON, measures=SHOWN),
+)
+# The kinds of intervals compared, in the order of their table.
+KINDS = (METHOD, STATISTICS, INITIAL, RANDOM, CLS)
+
+
+def datasets(results: Results) -> list[str]:
+    """The data sets whose purification is among the protocol entries at hand."""
+    start = purification("")
+    return list(dict.fromkeys(entry.item.removeprefix(start) for entry in results.entries
+                              if entry.paper == PAPER and entry.item.startswith(start)))
+
+
+def study(results: Results) -> Study:
+    """The comparison on every data set at hand; the first one's grid is the paper's main table."""
+    found = datasets(results)
+    return Study(
+        PAPER, METHOD, (STATISTICS, "FT"),
+        {(purification(name), "released"): (purification(name) if i else "main", f"purification on {name}, as released")
+         for i, name in enumerate(found)},
+        {purification(name): f"purification on {name}" for name in found}, tall=True, sample=SAMPLE, measures=NAMES)
+
+
+def tables(results: Results, smoke: bool = False) -> list[Table]:
+    """Every table whose entries are at hand, in the report's order."""
+    whole = study(results)
+    named = grids(results, whole) + _per_dataset(results, purification, detection_first)
+    built = [replace(one, caption=f"{one.caption} {NAMES}") for one in named]
+    built += _per_dataset(results, detection, detectors)
+    built += _per_dataset(results, purification, intervals)
+    built += details(results, whole)
+    for factor in FACTORS:
+        apart = f" Marks compare rows with the same {factor.within[0]}." if factor.within else ""
+        built += [replace(one, caption=one.caption + apart) for one in ablation(results, whole, factor)]
+    built += [flattered(results, name) for name in datasets(results) if f"{name}-released" in datasets(results)]
+    if datasets(results):
+        built += [triggers(results), cost(results)]
+    return [replace(entry, name=f"{PAPER}-{entry.name}") for entry in built if len(entry.frame)]
+
+
+def _per_dataset(results: Results, item: Callable[[str], str], build: Callable[[Results, str], Table]) -> list[Table]:
+    return [table for name in datasets(results)
+            for table in if_present(results, PAPER, item(name), lambda n=name: build(results, n))]
+
+
+def detection_rows(results: Results, dataset: str) -> pd.DataFrame:
+    """The detectors' runs on a data set."""
+    frame = rows(results, PAPER, detection(dataset), "attack", "defense", "variant")
+    return frame[frame.defense != BEFORE]
+
+
+def detectors(results: Results, dataset: str) -> Table:
+    """Every detector on every attack."""
+    weak = not_taken(rows(results, PAPER, detection(dataset), "attack", "defense", "variant"))
+    flagged = f" The attack did not take: {', '.join(weak)}." if weak else ""
+    return listing(
+        results, detection_rows(results, dataset),
+        {"attack": "Attack", "defense": "Detector", "variant": "Settings"}, name=detection(dataset),
+        title=f"BadActs: detection on {dataset}", within=["attack"], measures=DETECTION, sample=SAMPLE,
+        caption="AUROC: that a triggered sentence is more suspicious than a clean one; AUROC target: among the "
+                "sentences that the undefended victim calls the target. FAR: share of triggered sentences that are not "
+                "flagged; FRR: share of clean ones that are. Thresholds are chosen on clean data for 5 % FRR; FAR and "
+                "FRR trade off against each other, so a mark for one alone says little. BadActs' suspicion is 1 - NAS. "
+                f"Marks within an attack.{flagged}")
+
+
+def detection_first(results: Results, dataset: str) -> Table:
+    """What it changes to purify, or to reject, only what is flagged."""
+    frame = rows(results, PAPER, purification(dataset), "attack", "defense", "variant")
+    frame = frame[frame.defense.isin([BEFORE, METHOD, THEN, REJECT]) & frame.variant.isin(["released", MISSING])]
+    order = {name: i for i, name in enumerate((BEFORE, METHOD, THEN, REJECT))}
+    frame = frame.sort_values("defense", key=lambda names: names.map(order), kind="stable")
+    keys = ["attack", "defense"]
+    data = estimates(frame, keys, (*SHOWN, "far", "frr"))
+    parts = dict(iter(frame.groupby(keys, sort=False)))
+    tests = pd.DataFrame([_difference(results, parts[row.attack, row.defense], parts.get((row.attack, METHOD)),
+                                      row.measure) for row in data.iloc], columns=["difference", "from", "to", "p"])
+    data = data.join(tests.assign(p_holm=holm(tests.p.to_list())))
+    attacks = list(dict.fromkeys(rows(results, PAPER, purification(dataset), "attack").attack))
+    shown = []
+    for attack, defense in sorted(parts, key=lambda key: (attacks.index(key[0]), order[key[1]])):
+        line: dict[tuple[str, str], object] = {("", "Attack"): attack, ("", "Defense"): defense}
+        part = data[(data.attack == attack) & (data.defense == defense)]
+        for row in part.iloc:
+            name = heading(row.measure)
+            line[name, "Value"] = printed(row, 1)
+            if row.measure in SHOWN:
+                change = MISSING if math.isnan(row.difference) else \
+                    f"{row.difference:+.1f}{bounds(row['from'], row.to, 1, '+')}"
+                line |= {(name, "Difference"): Value(change), (name, "p (Holm)"): Value(probability(row.p_holm))}
+        shown.append({**line, ("", "n"): Value(counts(part.n[part.measure.isin(SHOWN)].to_list()))})
+    return table(f"{purification(dataset)}-detection-first",
+                 f"BadActs: detection first or everything purified, {dataset}",
+                 f"{METHOD} purifies every sentence; \"{THEN}\" purifies those that its detector flags (threshold for "
+                 f"20 % FRR), \"{REJECT}\" gives those no label at all (5 %), which counts as an error on clean "
+                 "sentences and as a failed attack on triggered ones. Difference: to purifying everything, in points, "
+                 "paired, with a 95 % interval (t over seeds; with one seed Wald's over test sentences). p: paired t "
+                 "test over seeds, with one seed exact McNemar over test sentences; Holm over the table. Nothing is "
+                 "bold.", grouped(shown), data, frame, SPREAD)
+
+
+def _difference(results: Results, ours: pd.DataFrame, base: pd.DataFrame | None, measure: str) -> tuple[float, ...]:
+    """`ours` minus `base`, its interval and p; NaN where there is nothing to compare, or both are the same rows."""
+    paired = [] if base is None or measure not in SHOWN or ours is base else pairs(ours, base, measure)
+    if base is None or not paired:
+        return (math.nan,) * 4
+    interval = mean_difference(results, paired, measure)
+    return interval.mean, interval.low, interval.high, compare(results, ours, base, measure).p
+
+
+def reported(results: Results, frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """The frame with columns of what its finished runs report about themselves (NaN where they do not)."""
+    infos = [results.finished(row.run).json("metrics")["info"] if row.status == "done" else {} for row in frame.iloc]
+    return frame.assign(**{name: pd.Series([info.get(name, math.nan) for info in infos], frame.index, dtype=float)
+                           for name in names})
+
+
+def intervals(results: Results, dataset: str) -> Table:
+    """Whether optimising the intervals does anything: their width, and what each kind of them does."""
+    frame = rows(results, PAPER, purification(dataset), "attack", "defense", "variant")
+    # mu ± k sigma has no variants: one run stands in the comparison of both.
+    frame = frame[frame.defense.isin(KINDS)].drop_duplicates(["attack", "defense", "run"])
+    frame = reported(results, frame, "width", "kept", "restarts")
+    keys = ["attack", "defense", "variant"]
+    columns = {"width": ("Width", 2), "kept": ("Clean labels kept", 1), "restarts": ("Restarts", 1), "acc": ("ACC", 2),
+               "asr": ("ASR", 2)}
+    data = mark(results, frame, estimates(frame, keys, list(columns)), keys, ["attack"])
+    shown = []
+    for (attack, defense, variant), part in data.groupby(keys, sort=False) if len(data) else ():
+        cells = {columns[row.measure][0]: printed(row, columns[row.measure][1]) for row in part.iloc}
+        shown.append({"Attack": attack, "Intervals": defense, "Settings": variant, **cells,
+                      "n": Value(str(int(part.n.max())))})
+    order = {name: i for i, name in enumerate(KINDS)}
+    attacks = list(dict.fromkeys(frame.attack))
+    shown.sort(key=lambda line: (attacks.index(line["Attack"]), order[line["Intervals"]]))
+    return table(f"{purification(dataset)}-intervals", f"BadActs: optimised intervals and others, {dataset}",
+                 "Width: mean of upper minus lower bound over the units of all layers, in units of activation. Clean "
+                 "labels kept: percent of the clean sentences of the search that the clamped model classifies as "
+                 f"before, where there was a search. Restarts: of a search that kept too few. \"{INITIAL}\": the "
+                 f"constants that the search starts from; \"{RANDOM}\": the optimised intervals in another order of "
+                 f"the units of a layer; \"{CLS}\": applied to the first token alone. ACC and ASR in percent; marks "
+                 "within an attack.", pd.DataFrame(shown), data, frame, legend(["acc", "asr"], SAMPLE))
+
+
+def flattered(results: Results, dataset: str) -> Table:
+    """What a validation split that is the test split, as the released one of a data set, adds to the results."""
+    other = f"{dataset}-released"
+    measures = {purification: ("acc", "ra", "asr"), detection: DETECTION}
+    numbers, frames = [], []
+    for item, columns in measures.items():
+        ours, theirs = (rows(results, PAPER, item(name), "attack", "defense", "variant") for name in (dataset, other))
+        if item is detection:   # victims are in both items
+            ours, theirs = ours[ours.defense != BEFORE], theirs[theirs.defense != BEFORE]
+        frames += [ours, theirs]
+        for (attack, defense, variant), part in theirs.groupby(["attack", "defense", "variant"], sort=False):
+            same = ours[(ours.attack == attack) & (ours.defense == defense) & (ours.variant == variant)]
+            for measure in columns:
+                gaps = [pair.difference for pair in pairs(part, same, measure)]
+                numbers.append({"attack": attack, "task": item("").rstrip("-"), "defense": defense,
+                                "settings": variant, "measure": measure, "own": estimate(same, measure).mean,
+                                "released": estimate(part, measure).mean, "n": len(gaps),
+                                "difference": sum(gaps) / len(gaps) if gaps else math.nan,
+                                "runs": " ".join([*measured(same, measure).run, *measured(part, measure).run])})
+    data = pd.DataFrame(numbers)
+    shown: list[dict[tuple[str, str], object]] = []
+    for (attack, task, defense), part in data.groupby(["attack", "task", "defense"], sort=False) if numbers else ():
+        line: dict[tuple[str, str], object] = {("", "Attack"): attack, ("", "Task"): task, ("", "Defense"): defense}
+        for row in part.iloc:
+            line |= {(heading(row.measure), name): Value(
+                MISSING if math.isnan(row[key]) else f"{row[key]:{'+' * (key == 'difference')}.2f}",
+                runs=tuple(row.runs.split())) for name, key in
+                (("Own", "own"), ("Released", "released"), ("Difference", "difference"))}
+        shown.append({**line, ("", "n"): Value(counts(part.n.to_list()))})
+    return table(f"{dataset}-released-validation", f"BadActs: the released validation split of {dataset}",
+                 f"The released validation split of {dataset} is its test split: epochs, intervals, statistics and "
+                 f"thresholds are fitted to what is then measured (\"Released\", data set {other}). \"Own\": the "
+                 "validation split is cut from the training set. Percent, means over seeds; difference: released "
+                 "minus own on n seeds, in points. The victims differ as well, so no test is made.", grouped(shown),
+                 data, pd.concat(frames))
+
+
+QUALITY = {"unchanged": "Unchanged", "degenerate": "Degenerate", "clean_degenerate": "Degenerate sources",
+           "words_kept": "Words kept", "length": "Length", "asr": "ASR of the victim"}
+
+
+def triggers(results: Results) -> Table:
+    """How good the triggered test sentences are as sentences."""
+    parts = []
+    for name in datasets(results):
+        frame = rows(results, PAPER, purification(name), "attack", "defense")
+        parts.append(frame[frame.defense == BEFORE].assign(place=name))
+    frame = pd.concat(parts)
+    quality = [results.finished(row.run).json("metrics")["info"].get("trigger", {}) if row.status == "done" else {}
+               for row in frame.iloc]
+    frame = frame.assign(**{key: [found.get(key, math.nan) for found in quality] for key in QUALITY if key != "asr"})
+    data = estimates(frame, ["place", "attack"], list(QUALITY))
+    shown = []
+    for (name, attack), part in data.groupby(["place", "attack"], sort=False):
+        cells = {QUALITY[row.measure]: printed(row, 1) for row in part.iloc}
+        shown.append({"Data set": name, "Attack": attack, **cells, "n": Value(str(int(part.n.max())))})
+    return table("triggers", "BadActs: the triggered sentences",
+                 "Of the triggered test sentences, in percent. Unchanged: equal to the source. Degenerate: a word "
+                 "three times in a row, or a pair of words three times or more; degenerate sources: the same count on "
+                 "the clean sentences they were made from. Words kept: of the source's distinct words. Length: in "
+                 "words, relative to the source's. Where sentences are degenerate or keep few words, RA has a low "
+                 "ceiling, and a detector may find bad sentences instead of triggers.",
+                 pd.DataFrame(shown), data, frame, SPREAD)
+
+
+def cost(results: Results) -> Table:
+    """Seconds to prepare each defense and to judge sentences with it."""
+    parts = []
+    for name in datasets(results):
+        for item in (purification(name), detection(name)):
+            if present(results, PAPER, item):
+                frame = rows(results, PAPER, item, "attack", "defense", "variant")
+                parts.append(frame.assign(place=name, task=item.removesuffix(f"-{name}")))
+    frame = measured(pd.concat(parts), "seconds")
+    frame = frame[~((frame.defense == BEFORE) & (frame.task == detection("").rstrip("-")))]
+    frame = reported(results, frame, "judging_seconds")
+    frame["judging"] = 1000 * frame.judging_seconds / (frame.n_clean + frame.n_nontarget)
+    frame["hardware"] = [hardware(results, name) for name in frame.run]
+    keys = {"place": "Data set", "task": "Task", "defense": "Run", "variant": "Settings", "hardware": "Hardware"}
+    measures = {"seconds": "Seconds", "judging": "Seconds per 1000 sentences"}
+    data = estimates(frame, list(keys), list(measures)) if len(frame) else frame
+    shown = []
+    for group, part in data.groupby(list(keys), sort=False) if len(frame) else ():
+        labels = dict(zip(keys.values(), group, strict=True))
+        if labels["Run"] == BEFORE:
+            labels |= {"Task": MISSING, "Run": "victim's training"}
+        shown.append({**labels, **{measures[row.measure]: printed(row, 1) for row in part.iloc},
+                      "n": Value(str(int(part.n.max())))})
+    return table("cost", "BadActs: cost",
+                 "Wall seconds, mean ± sample SD over the n runs (attacks and seeds). Seconds: to prepare the defense, "
+                 f"without the search for intervals where another run's are reused (\"{THEN}\", \"{RANDOM}\", "
+                 f"\"{CLS}\"). Seconds per 1000 sentences: what it then takes to judge the test sentences. Runs that "
+                 "shared the machine with others took longer than they need.",
+                 pd.DataFrame(shown), data, frame)
