@@ -74,7 +74,7 @@ def test_layout_of_the_authors_repository(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (lambda folder: (folder / "clean/test.csv.xz").unlink(), "test.csv.* is missing: clone github.com"),
+    (lambda folder: (folder / "clean/test.csv.xz").unlink(), r"test.csv.* is missing: clone github.com"),
     (lambda folder: (folder / "clean/test.csv.xz").write_bytes(b"no xz"), "is not a readable file"),
     (lambda folder: write(folder / "clean/test.csv", rows("test")[:5]), "has 5 rows, the released file 6"),
     (lambda folder: write(folder / "clean/test.csv", [*rows("test")[:5], ("x", 2)]), "row 5 .* has label 2"),
@@ -91,7 +91,7 @@ def test_paraphrases_that_do_not_fit_their_sources(root: Path) -> None:
     found = load_texts("small", root)
     with pytest.raises(UserError, match=r"has 4 rows, which do not fit the 3 clean"):
         found.paraphrases("synbkd", "test")
-    with pytest.raises(UserError, match="stylebkd/test-poison.*is missing"):
+    with pytest.raises(UserError, match=r"stylebkd/test-poison.*is missing"):
         found.paraphrases("stylebkd", "test")
 
 
