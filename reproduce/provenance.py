@@ -22,7 +22,9 @@ OF = {data.IMAGE: ("training.py", "data/augment.py"), data.TEXT: ("finetuning.py
 
 def environment(task: Task, device: torch.device) -> dict[str, Any]:
     """Versions, hardware, commit, and a hash of the source that made the run."""
-    return {**_machine(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    text = {"transformers": importlib.metadata.version("transformers")} \
+        if data.modality(task.victim.dataset) == data.TEXT else {}
+    return {**_machine(), **text, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(), "source": source_hash(task),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 

@@ -1,0 +1,173 @@
+"""The text bench, whole: victims and cells through the runner, interruption, shared searches, what is stored."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from attacks import addsent, badnets_words
+from defenses import badacts, cube, ft_text, strip
+from reproduce.cells import Cell, Victim, with_dependencies
+from reproduce.engine import check_data, cost
+from reproduce.errors import UserError
+from reproduce.finetuning import TextRecipe
+from reproduce.models.encoder import TINY
+from reproduce.protocols import PROFILES, entries
+from reproduce.runner import Runner
+from reproduce.store import Store
+
+RECIPE = TextRecipe(epochs=5, rate=2e-3, warmup=1, batch=32)
+QUICK = dataclasses.replace(badacts.RELEASED, epochs=2)
+VICTIM = Victim("sentences", TINY, RECIPE, 0, "addsent", addsent.Config())
+
+
+def runner(root: Path, **options: object) -> Runner:
+    return Runner(Store(root), Path("no-data-needed"), torch.device("cpu"), **options)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with the victim in it."""
+    folder = tmp_path_factory.mktemp("runs")
+    runner(folder).run(VICTIM)
+    return folder
+
+
+def test_a_victim_learns_task_and_trigger(root: Path) -> None:
+    run = runner(root).run(VICTIM)
+    measured = run.json("metrics")
+    assert measured["acc"] > 95 and measured["asr"] > 95 and measured["n_nontarget"] == 120
+    assert measured["info"]["poisoned"] == 160 and measured["info"]["trigger"]["words_kept"] == 100
+    assert [row["phase"] for row in run.history()] == ["victim"] * 5
+    arrays = run.arrays("samples")
+    assert "3D movie" in arrays["triggered"][0] and arrays["cls_triggered"].shape == (4, 2, 64)
+    assert arrays["features_clean"].shape == (100, 64) and run.detection() is None
+    environment = run.json("environment")
+    assert environment["transformers"] and environment["source"]
+
+
+def test_an_interrupted_victim_ends_bit_for_bit_the_same(root: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def stop(_name: str, share: float, _doing: str) -> None:
+        if share >= 0.6:
+            raise Killed
+
+    monkeypatch.setattr("reproduce.store.Progress.interval", 0.0)
+    with pytest.raises(Killed):
+        runner(tmp_path, progress=stop).run(VICTIM)
+    resumed = runner(tmp_path).run(VICTIM)
+    assert resumed.json("metrics")["info"]["resumed_after_epoch"] == 3
+    ours, theirs = resumed.tensors("model"), runner(root).run(VICTIM).tensors("model")
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_searches_are_shared_and_intervals_stored_once(root: Path) -> None:
+    then = Cell(VICTIM, "badacts", dataclasses.replace(QUICK, mode="detect-then-purify", frr=0.2), 1.0)
+    base = Cell(VICTIM, "badacts", QUICK, 1.0)
+    assert [task.name for task in with_dependencies([then])] == [VICTIM.name, base.name, then.name]
+    assert cost(base) > 2 * cost(then), "only the search itself is long"
+    found, searched = runner(root).run(then), runner(root).run(base)
+    assert found.tensors("defense")["upper"].equal(searched.tensors("defense")["upper"])
+    assert [row["phase"] for row in searched.history()] == ["intervals 1"] * 2 and found.history() == []
+    assert not (searched.path / "model.safetensors").exists(), "the victim's weights are stored once"
+    detection = found.detection()
+    assert detection is not None and detection.held_out.shape == (120,)
+    measured = found.json("metrics")
+    assert measured["frr"] == pytest.approx(100 * np.mean(detection.clean > measured["info"]["threshold"]))
+    assert measured["far"] == pytest.approx(100 * np.mean(detection.triggered <= measured["info"]["threshold"]))
+    predictions, plain = found.predictions(), runner(root).run(VICTIM).predictions()
+    assert np.array_equal(predictions.clean[~detection.flagged_clean], plain.clean[~detection.flagged_clean])
+    purified = searched.predictions()
+    assert np.array_equal(predictions.triggered[detection.flagged_triggered],
+                          purified.triggered[detection.flagged_triggered])
+    assert "cls_clean_after" in found.arrays("samples")
+
+
+def test_rejection_counts_as_error_and_as_failed_attack(root: Path) -> None:
+    run = runner(root).run(Cell(VICTIM, "badacts", dataclasses.replace(QUICK, mode="detect", frr=0.3), 1.0))
+    detection, predictions = run.detection(), run.predictions()
+    assert (predictions.clean[detection.flagged_clean] == -1).all() and detection.flagged_clean.any()
+    hits = run.hits()
+    assert not hits["acc"][detection.flagged_clean].any() and not hits["asr"][detection.flagged_triggered].any()
+    assert hits["frr"].mean() == pytest.approx(run.json("metrics")["frr"] / 100)
+
+
+def test_a_defense_that_changes_weights_stores_them(root: Path) -> None:
+    config = dataclasses.replace(ft_text.Config(), recipe=TextRecipe(1, 2e-3, 0, 32))
+    run = runner(root).run(Cell(VICTIM, "ft_text", config, 1.0))
+    victim = runner(root).run(VICTIM)
+    assert not run.tensors("model")["classifier.weight"].equal(victim.tensors("model")["classifier.weight"])
+
+
+def test_cleaning_the_training_set_trains_from_the_victims_initialisation(root: Path, tmp_path: Path) -> None:
+    # With so many neighbours the clusters are the two labels and nothing is dropped: what is trained is the victim
+    # again, bit for bit.
+    config = dataclasses.replace(cube.Config(), neighbours=100)
+    run = runner(root).run(Cell(VICTIM, "cube", config, 1.0))
+    ours, theirs = run.tensors("model"), runner(root).run(VICTIM).tensors("model")
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_clean_and_triggered_sentences_are_judged_together(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    original = strip.defend
+
+    def defend(*arguments: object, **options: object) -> object:
+        guard = original(*arguments, **options)
+        judge = guard.judge
+        guard.judge = lambda texts: asked.append(len(texts)) or judge(texts)
+        return guard
+
+    monkeypatch.setattr(strip, "defend", defend)
+    runner(root).run(Cell(VICTIM, "strip", strip.Config(), 1.0))
+    assert asked == [240 + 120]
+
+
+def test_clean_share_is_the_defenders(root: Path) -> None:
+    run = runner(root).run(Cell(VICTIM, "badacts", dataclasses.replace(QUICK, intervals="statistics"), 0.25))
+    assert run.json("metrics")["info"]["clean_sentences"] == 60
+
+
+def test_damaged_runs_are_computed_again(root: Path) -> None:
+    cell = Cell(VICTIM, "badacts", dataclasses.replace(QUICK, intervals="initial"), 1.0)
+    run = runner(root).run(cell)
+    (run.path / "defense.safetensors").write_bytes(b"")
+    said: list[str] = []
+    again = runner(root, note=said.append).run(cell)
+    assert "defense.safetensors does not match its checksum" in said[0]
+    assert again.tensors("defense")["upper"].eq(1).all()
+
+
+def test_missing_files_are_found_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"sst-2: .*is missing"):
+        check_data([dataclasses.replace(VICTIM, dataset="sst-2")], tmp_path)
+    monkeypatch.setattr("reproduce.models.encoder.hub_answers", lambda: False)
+    with pytest.raises(UserError, match="bert-base-uncased cannot be loaded"):
+        check_data([dataclasses.replace(VICTIM, model="bert-base-uncased")], tmp_path)
+
+
+def test_identity_knows_the_recipe_and_the_trigger() -> None:
+    others = [dataclasses.replace(VICTIM, recipe=dataclasses.replace(RECIPE, rate=1e-3)),
+              dataclasses.replace(VICTIM, settings=addsent.Config(rate=0.1)),
+              dataclasses.replace(VICTIM, attack="badnets_words", settings=badnets_words.Config()),
+              dataclasses.replace(VICTIM, model="minilm-l6")]
+    assert len({VICTIM.name, *(victim.name for victim in others)}) == 5
+
+
+def test_protocol_gives_each_data_set_its_target_and_each_encoder_its_rate() -> None:
+    profile = dataclasses.replace(PROFILES["paper"], seeds=(0,))
+    victims = [entry.task.victim for entry in entries(profile, ["badacts"])]
+    assert {(victim.dataset, victim.settings.target) for victim in victims} == {
+        ("sst-2", 1), ("yelp", 1), ("hsol", 0), ("hsol-released", 0), ("agnews-small", 0)}
+    assert {victim.recipe.rate for victim in victims} == {2e-5} and {victim.model for victim in victims} == {
+        "bert-base-uncased"}
+    assert {victim.recipe.batch for victim in victims if victim.dataset == "agnews-small"} == {12}
+    small = dataclasses.replace(profile, encoder="minilm-l6")
+    cells = [entry.task for entry in entries(small, ["badacts"]) if isinstance(entry.task, Cell)]
+    assert {cell.victim.recipe.rate for cell in cells} == {1e-4}
+    assert {cell.config.recipe.rate for cell in cells if cell.defense == "ft_text"} == {1e-4}
