@@ -1,6 +1,7 @@
 """What a run records of where its numbers come from: versions, hardware, commit, hash of the source."""
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import subprocess
