@@ -202,10 +202,10 @@ def widths(results: Results, dataset: str) -> Figure | None:
                 box = axis.boxplot([part.width[part.layer == layer] for layer in layers],
                                    positions=[layer + (i - 0.5) * 0.34 for layer in layers], widths=0.28,
                                    whis=(1, 99), patch_artist=True, showfliers=False,
-                                   boxprops={"facecolor": colour, "edgecolor": "0.25", "linewidth": 0.6},
-                                   medianprops={"color": "white", "linewidth": 1.2},
-                                   whiskerprops={"color": "0.25", "linewidth": 0.8},
-                                   capprops={"color": "0.25", "linewidth": 0.8})
+                                   # The median stands out on both colours, and on a box that is hardly there.
+                                   boxprops={"facecolor": colour, "edgecolor": colour, "linewidth": 0.8},
+                                   medianprops={"color": "orange", "linewidth": 1.0},
+                                   whiskerprops={"color": colour}, capprops={"color": colour})
                 box["boxes"][0].set_label(name)
             axis.set(xlabel="encoder layer", ylabel="width of the interval")
             axis.set_ylim(bottom=0)

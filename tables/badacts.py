@@ -15,6 +15,7 @@ from reproduce.protocols.badacts import (
     REJECT,
     STATISTICS,
     THEN,
+    WORDS,
     detection,
     purification,
 )
@@ -57,6 +58,8 @@ from tables.render import MISSING, Table, Value, heading
 SAMPLE = "sentence"
 NAMES = ("ACC is the paper's CACC, RA its PACC: the share of triggered sentences that get their source's true label. "
          "With two classes RA is 100 - ASR, unless sentences are rejected.")
+STAND_IN = (f"{WORDS}'s perplexities are those of a trigram model of the defender's own sentences, which stands in for "
+            "GPT-2.")
 ON = "AddSent"
 SHOWN = ("acc", "ra", "asr")
 FACTORS = (
@@ -74,15 +77,21 @@ FACTORS = (
     Factor("poison-rate", "defense", "Defense", "The share of the training set that is poisoned.",
            within=("rate", "Poisoned"), on=ON, measures=SHOWN),
 )
+GPT2 = "onion-gpt2"     # the item with ONION's own language model
+ITEMS = (purification, detection)   # of each data set
 # The kinds of intervals compared, in the order of their table.
 KINDS = (METHOD, STATISTICS, INITIAL, RANDOM, CLS)
 
 
 def datasets(results: Results) -> list[str]:
-    """The data sets whose purification is among the protocol entries at hand."""
-    start = purification("")
-    return list(dict.fromkeys(entry.item.removeprefix(start) for entry in results.entries
-                              if entry.paper == PAPER and entry.item.startswith(start)))
+    """The data sets whose purification or detection is among the protocol entries at hand."""
+    return list(dict.fromkeys(entry.item.removeprefix(item("")) for entry in results.entries for item in ITEMS
+                              if entry.paper == PAPER and entry.item.startswith(item(""))))
+
+
+def items(results: Results, dataset: str) -> list[str]:
+    """Those of a data set's items that are at hand."""
+    return [item(dataset) for item in ITEMS if present(results, PAPER, item(dataset))]
 
 
 def study(results: Results) -> Study:
@@ -98,15 +107,15 @@ def study(results: Results) -> Study:
 def tables(results: Results, smoke: bool = False) -> list[Table]:
     """Every table whose entries are at hand, in the report's order."""
     whole = study(results)
-    named = grids(results, whole) + _per_dataset(results, purification, detection_first)
-    built = [replace(one, caption=f"{one.caption} {NAMES}") for one in named]
-    built += _per_dataset(results, detection, detectors)
-    built += _per_dataset(results, purification, intervals)
+    built = [_noted(one, NAMES) for one in grids(results, whole) + _per_dataset(results, purification, detection_first)]
+    built += _per_dataset(results, detection, detectors) + _per_dataset(results, purification, intervals)
     built += details(results, whole)
+    built = [_noted(one, STAND_IN) if WORDS in set(one.data.get("defense", ())) else one for one in built]
     for factor in FACTORS:
-        apart = f" Marks compare rows with the same {factor.within[0]}." if factor.within else ""
-        built += [replace(one, caption=one.caption + apart) for one in ablation(results, whole, factor)]
-    built += [flattered(results, name) for name in datasets(results) if f"{name}-released" in datasets(results)]
+        apart = f"Marks compare rows with the same {factor.within[0]}." if factor.within else ""
+        built += [_noted(one, apart) for one in ablation(results, whole, factor)]
+    built += if_present(results, PAPER, GPT2, lambda: language_models(results))
+    built += [flattered(results, name) for name in datasets(results) if _common(results, name)]
     if datasets(results):
         built += [triggers(results), cost(results)]
     return [replace(entry, name=f"{PAPER}-{entry.name}") for entry in built if len(entry.frame)]
@@ -115,6 +124,16 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
 def _per_dataset(results: Results, item: Callable[[str], str], build: Callable[[Results, str], Table]) -> list[Table]:
     return [table for name in datasets(results)
             for table in if_present(results, PAPER, item(name), lambda n=name: build(results, n))]
+
+
+def _common(results: Results, dataset: str) -> list[Callable[[str], str]]:
+    """The kinds of items at hand both for a data set and for its released form."""
+    return [item for item in ITEMS if {item(dataset), item(f"{dataset}-released")} <= {
+        *items(results, dataset), *items(results, f"{dataset}-released")}]
+
+
+def _noted(one: Table, note: str) -> Table:
+    return replace(one, caption=" ".join(filter(None, [one.caption, note])))
 
 
 def detection_rows(results: Results, dataset: str) -> pd.DataFrame:
@@ -142,6 +161,8 @@ def detection_first(results: Results, dataset: str) -> Table:
     """What it changes to purify, or to reject, only what is flagged."""
     frame = rows(results, PAPER, purification(dataset), "attack", "defense", "variant")
     frame = frame[frame.defense.isin([BEFORE, METHOD, THEN, REJECT]) & frame.variant.isin(["released", MISSING])]
+    if not frame.defense.isin([THEN, REJECT]).any():    # a brief comparison
+        frame = frame.iloc[:0]
     order = {name: i for i, name in enumerate((BEFORE, METHOD, THEN, REJECT))}
     frame = frame.sort_values("defense", key=lambda names: names.map(order), kind="stable")
     keys = ["attack", "defense"]
@@ -216,12 +237,23 @@ def intervals(results: Results, dataset: str) -> Table:
                  "within an attack.", pd.DataFrame(shown), data, frame, legend(["acc", "asr"], SAMPLE))
 
 
+def language_models(results: Results) -> Table:
+    """ONION with its own language model, beside the stand-in on the same victims."""
+    item = rows(results, PAPER, GPT2, "attack", "defense", "variant")
+    others = [rows(results, PAPER, purification(name), "attack", "defense", "variant") for name in datasets(results)]
+    same = [frame[(frame.defense == WORDS) & frame.dataset.isin(item.dataset)] for frame in others]
+    return listing(results, pd.concat([item, *same]), {"attack": "Attack", "defense": "Defense"}, name=GPT2,
+                   title="BadActs: purification in word space by GPT-2", within=["attack"], measures=SHOWN,
+                   sample=SAMPLE, caption=f"{STAND_IN} Marks within an attack. {NAMES}")
+
+
 def flattered(results: Results, dataset: str) -> Table:
     """What a validation split that is the test split, as the released one of a data set, adds to the results."""
     other = f"{dataset}-released"
     measures = {purification: ("acc", "ra", "asr"), detection: DETECTION}
     numbers, frames = [], []
-    for item, columns in measures.items():
+    for item in _common(results, dataset):
+        columns = measures[item]
         ours, theirs = (rows(results, PAPER, item(name), "attack", "defense", "variant") for name in (dataset, other))
         if item is detection:   # victims are in both items
             ours, theirs = ours[ours.defense != BEFORE], theirs[theirs.defense != BEFORE]
@@ -236,21 +268,22 @@ def flattered(results: Results, dataset: str) -> Table:
                                 "difference": sum(gaps) / len(gaps) if gaps else math.nan,
                                 "runs": " ".join([*measured(same, measure).run, *measured(part, measure).run])})
     data = pd.DataFrame(numbers)
-    shown: list[dict[tuple[str, str], object]] = []
-    for (attack, task, defense), part in data.groupby(["attack", "task", "defense"], sort=False) if numbers else ():
-        line: dict[tuple[str, str], object] = {("", "Attack"): attack, ("", "Task"): task, ("", "Defense"): defense}
-        for row in part.iloc:
-            line |= {(heading(row.measure), name): Value(
-                MISSING if math.isnan(row[key]) else f"{row[key]:{'+' * (key == 'difference')}.2f}",
-                runs=tuple(row.runs.split())) for name, key in
-                (("Own", "own"), ("Released", "released"), ("Difference", "difference"))}
-        shown.append({**line, ("", "n"): Value(counts(part.n.to_list()))})
+    shown = []
+    for row in data.iloc:
+        runs = tuple(row.runs.split())
+        shown.append({"Attack": row.attack, "Task": row.task, "Defense": row.defense, "Measure": heading(row.measure),
+                      "Own": Value(_percent(row.own), runs=runs), "Released": Value(_percent(row.released), runs=runs),
+                      "Difference": Value(_percent(row.difference, "+"), runs=runs), "n": Value(str(row.n))})
     return table(f"{dataset}-released-validation", f"BadActs: the released validation split of {dataset}",
                  f"The released validation split of {dataset} is its test split: epochs, intervals, statistics and "
                  f"thresholds are fitted to what is then measured (\"Released\", data set {other}). \"Own\": the "
-                 "validation split is cut from the training set. Percent, means over seeds; difference: released "
-                 "minus own on n seeds, in points. The victims differ as well, so no test is made.", grouped(shown),
-                 data, pd.concat(frames))
+                 "validation split is cut from the training set. Percent, means over seeds; difference: released minus "
+                 "own on n seeds, in points. The victims differ as well, so no test is made.",
+                 pd.DataFrame(shown), data, pd.concat(frames))
+
+
+def _percent(value: float, sign: str = "") -> str:
+    return MISSING if math.isnan(value) else f"{value:{sign}.2f}"
 
 
 QUALITY = {"unchanged": "Unchanged", "degenerate": "Degenerate", "clean_degenerate": "Degenerate sources",
@@ -261,7 +294,8 @@ def triggers(results: Results) -> Table:
     """How good the triggered test sentences are as sentences."""
     parts = []
     for name in datasets(results):
-        frame = rows(results, PAPER, purification(name), "attack", "defense")
+        # The same victims are in both items.
+        frame = rows(results, PAPER, items(results, name)[0], "attack", "defense")
         parts.append(frame[frame.defense == BEFORE].assign(place=name))
     frame = pd.concat(parts)
     quality = [results.finished(row.run).json("metrics")["info"].get("trigger", {}) if row.status == "done" else {}
@@ -285,10 +319,9 @@ def cost(results: Results) -> Table:
     """Seconds to prepare each defense and to judge sentences with it."""
     parts = []
     for name in datasets(results):
-        for item in (purification(name), detection(name)):
-            if present(results, PAPER, item):
-                frame = rows(results, PAPER, item, "attack", "defense", "variant")
-                parts.append(frame.assign(place=name, task=item.removesuffix(f"-{name}")))
+        for item in items(results, name):
+            frame = rows(results, PAPER, item, "attack", "defense", "variant")
+            parts.append(frame.assign(place=name, task=item.removesuffix(f"-{name}")))
     frame = measured(pd.concat(parts), "seconds")
     frame = frame[~((frame.defense == BEFORE) & (frame.task == detection("").rstrip("-")))]
     frame = reported(results, frame, "judging_seconds")

@@ -1,6 +1,7 @@
 """BadActs' tables, figures and claims, from its whole protocol with made-up runs of sentences."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,10 @@ def write_run(store: Store, task: Task, acc: float, asr: float, seed: int, shift
                 tensors=tensors)
 
 
-def made(root: Path, profile: Profile, levels: dict[str, tuple[float, float]] | None = None,
-         shift: float = 0.1) -> Results:
-    """All runs of the protocol, at levels that depend on the defense alone."""
-    store, found = Store(root), entries(profile, [PAPER])
+def made(root: Path, profile: Profile, levels: dict[str, tuple[float, float]] | None = None, shift: float = 0.1,
+         items: list[str] | None = None) -> Results:
+    """All runs of the protocol, or those of some items, at levels that depend on the defense alone."""
+    store, found = Store(root), entries(profile, [PAPER], items)
     for number, entry in enumerate(found):
         if store.find(entry.task.name):
             continue
@@ -232,7 +233,26 @@ def test_a_validation_split_that_is_the_test_split_stands_beside_the_other(resul
     row = data.loc[("BadNets", "purification", METHOD, "acc")]
     assert (row.own, row.released, row.difference, row.n) == (85, 90, 5, 2)
     assert ("BadNets", "detection", METHOD, "auroc") in data.index
-    assert str(table.frame.loc[0, ("ACC", "Difference")]) == "+0.00", "the victims are the same"
+    shown = table.frame.set_index(["Attack", "Task", "Defense", "Measure"])
+    assert str(shown.loc[("BadNets", "purification", METHOD, "ACC"), "Difference"]) == "+5.00"
+    assert str(shown.loc[("BadNets", "purification", "Before", "ASR"), "Difference"]) == "+0.00", "the same victims"
+
+
+def test_detection_alone_has_its_tables_and_figures(results: Results) -> None:
+    only = Results(results.store, [entry for entry in results.entries if entry.item.startswith("detection-")])
+    assert [table.name for table in tables.tables(only)] == [
+        f"badacts-{name}" for name in ("detection-sentences", "triggers", "cost")]
+    assert [figure.name for figure in figures.figures(only)] == ["badacts-suspicion", "badacts-roc"]
+    assert outcomes(only)["detects-feature-triggers"] == criteria.SUPPORTED
+    assert outcomes(only)["erases-word-triggers"] == criteria.NOT_RUN
+
+
+def test_onion_with_gpt2_stands_beside_the_stand_in(tmp_path: Path) -> None:
+    profile = replace(PROFILES["paper"], seeds=(0,))
+    found = made(tmp_path, profile, items=["onion-gpt2", purification("sst-2"), purification("yelp")])
+    table = next(t for t in tables.tables(found) if t.name == "badacts-onion-gpt2")
+    assert table.datasets == ("sst-2",) and table.models == ("bert-base-uncased",)
+    assert list(table.data[table.data.attack == "BadNets"].defense.unique()) == ["Before", "ONION, GPT-2", "ONION"]
 
 
 class Renamed(Task):

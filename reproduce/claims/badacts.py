@@ -29,7 +29,7 @@ from reproduce.claims.criteria import (
 )
 from reproduce.protocols.badacts import METHOD, PAPER, RANDOM, STATISTICS, THEN, WORDS, detection, purification
 from reproduce.results import Results
-from tables.badacts import datasets
+from tables.badacts import STAND_IN, datasets
 from tables.comparison import rows
 from tables.layout import BEFORE, TOOK, estimate
 from tables.render import MISSING
@@ -75,7 +75,8 @@ def claims(results: Results) -> list[Claim]:
     found.append(_claim(
         "keeps-more-than-words", "BadActs keeps more accuracy on clean sentences than purification in word space.",
         OURS, f"ACC of BadActs minus that of {WORDS} on the same victims, working backdoors only, paired by attack, "
-        f"data set and seed. {RAISES.format(family='this test alone')}", adds([against_words]), against_words.runs))
+        f"data set and seed. {STAND_IN} {RAISES.format(family='this test alone')}", adds([against_words]),
+        against_words.runs))
     family = [compared(purified, name, METHOD, control) for name, control in
               (("optimisation", STATISTICS), ("units", RANDOM))]
     statements = {"optimisation": "Optimising BadActs' intervals lowers ASR beyond clamping to mu ± 3 sigma.",
