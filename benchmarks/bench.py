@@ -1,7 +1,7 @@
 """Measures every stage: python -m benchmarks.bench [--stages NAME ...] [--nad-checkout DIR] [--json FILE]
 
 One process, one thread, the allocator settings of a worker of ours for every side; the sides of a stage take turns,
-and each number is the median over windows of images per second of this process's own CPU time, so that other jobs on
+and each number is the median over windows of images (or sentences) per second of this process's own CPU time, so that other jobs on
 the machine disturb it little.
 """
 
@@ -18,13 +18,16 @@ import click
 import torch
 
 from benchmarks.stages import QUICK, STAGES, Bench, Sizes, Stage
+from benchmarks.text_stages import TEXT_STAGES
 from reproduce.engine import single_threaded
 from reproduce.errors import UserError
+
+ALL_STAGES = STAGES | TEXT_STAGES
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; rates in images per CPU-second; must and stretch are goals for the ratio, None where not set."""
+    """One comparison; rates in images or sentences per CPU-second; must and stretch are goals for the ratio, None where not set."""
 
     stage: str
     ours: str
@@ -73,7 +76,7 @@ HEADER = (f"{'stage':<18} {'ours':<16} {'versus':<6} {'its img/s':>11} {'our img
 
 
 @click.command(help=__doc__.partition("\n\n")[2])
-@click.option("--stages", multiple=True, type=click.Choice(list(STAGES)), help="Only these; may be repeated.")
+@click.option("--stages", multiple=True, type=click.Choice(list(ALL_STAGES)), help="Only these; may be repeated.")
 @click.option("--nad-checkout", type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="A checkout of the NAD authors' repository, to be measured as well.")
 @click.option("--windows", default=5, show_default=True, type=click.IntRange(1), help="Timed rounds per stage.")
@@ -85,8 +88,8 @@ def main(stages: tuple[str, ...], nad_checkout: Path | None, windows: int, quick
     rows: list[Row] = []
     click.echo(HEADER)
     try:
-        for name in stages or STAGES:
-            for stage in STAGES[name](bench):
+        for name in stages or ALL_STAGES:
+            for stage in ALL_STAGES[name](bench):
                 measured = measure(stage, windows, with_goals=not quick)
                 rows += measured
                 click.echo("\n".join(map(line, measured)))

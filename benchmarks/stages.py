@@ -37,7 +37,7 @@ MODULES = {"badnets": badnets, "sig": sig, "blend": blend, "trojan": trojan}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images per timed window. A whole NAD run keeps its 20 epochs and its 2,500 : 18,000 ratio of training to test
+    """Images and sentences per timed window. A whole NAD run keeps its 20 epochs and its 2,500 : 18,000 ratio of training to test
     images, on fewer of both: rates do not depend on that number."""
 
     poison_train: int = 50_000
@@ -48,9 +48,12 @@ class Sizes:
     run_train: int = 64
     run_test: int = 256
     run_epochs: int = 20
+    sentences: int = 320
+    encoder: tuple[int, int] = (6, 384)     # layers, width
 
 
-QUICK = Sizes(poison_train=200, poison_test=50, augment=128, train=64, test=64, run_train=64, run_test=64, run_epochs=2)
+QUICK = Sizes(poison_train=200, poison_test=50, augment=128, train=64, test=64, run_train=64, run_test=64, run_epochs=2,
+              sentences=40, encoder=(2, 64))
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from reproduce.models import build
+from tests.defenses.text_victim import save_suspect
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
 DRIVER = [command for command in COMMANDS if command.startswith("./run_all.sh")]
 CHECKPOINT = [command for command in COMMANDS if re.match(r"python -m reproduce (evaluate|defend)", command)]
+PURIFY = [command for command in COMMANDS if command.startswith("python -m reproduce purify")]
 REBUILD = [command for command in COMMANDS if command.startswith("python -m reproduce report")]
 # This file is part of what the last one runs.
-ALL = [*DRIVER, *CHECKPOINT, *REBUILD, "./run_tests.sh"]
+ALL = [*DRIVER, *CHECKPOINT, *PURIFY, *REBUILD, "./run_tests.sh"]
 
 
 def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -33,7 +35,7 @@ def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess[s
 
 
 def test_no_command_is_forgotten() -> None:
-    assert sorted(COMMANDS) == sorted(ALL) and DRIVER and CHECKPOINT and REBUILD
+    assert sorted(COMMANDS) == sorted(ALL) and DRIVER and CHECKPOINT and PURIFY and REBUILD
 
 
 @pytest.mark.parametrize("command", DRIVER)
@@ -51,6 +53,9 @@ def test_the_first_command_on_a_few_runs_of_every_paper(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text()
     assert all(f"{paper}: variant" in page for paper in ("NAD", "ARGD", "MCLDef"))
+    done = run("./run_all.sh", ROOT, "--no-install", "--profile", "quick", "--seeds", "1", "--item", "deviations",
+               "--results", str(tmp_path))
+    assert done.returncode == 0 and "badacts-deviations" in (tmp_path / "report.html").read_text(), done.stderr
 
 
 @pytest.mark.slow
@@ -68,6 +73,15 @@ def test_checkpoint_commands(command: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{") and len(done.stdout.splitlines()) == 1
     assert (tmp_path / "repaired.safetensors").exists() == ("defend" in command)
+
+
+@pytest.mark.parametrize("command", PURIFY)
+def test_purify_command(command: str, tmp_path: Path) -> None:
+    save_suspect(tmp_path)
+    (tmp_path / "input.txt").rename(tmp_path / "suspicious.txt")
+    done = run(command.replace("DIR", "model") + " --epochs 1", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "purified.jsonl").read_text().splitlines()) == 40
 
 
 @pytest.mark.parametrize("command", REBUILD)

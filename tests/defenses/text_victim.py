@@ -67,3 +67,28 @@ def auroc(clean: Judged, poisoned: Judged) -> float:
 
 def share(labels: Tensor, wanted: Tensor | int) -> float:
     return float((labels == wanted).double().mean())
+
+
+def save_suspect(folder: Path) -> None:
+    """Somebody's own backdoored classifier: model/ as save_pretrained writes it, clean.tsv, and input.txt with 20 clean
+    sentences and 20 triggered ones."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    victim = text_victim("addsent")
+    words = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+                           *sorted({word.lower() for text in victim.train.texts for word in text.split()})])
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = BertForSequenceClassification(BertConfig(
+            vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+            max_position_embeddings=64, num_labels=2, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1}))
+    model = TextClassifier(network, lambda texts, longest: tokenizer(
+        list(texts), truncation=True, max_length=longest)["input_ids"], 0)
+    fine_tune(model, victim.train, victim.data.validation, RECIPE, 0, phase="victim")
+    network.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    clean = victim.data.validation
+    (folder / "clean.tsv").write_text("text\tlabel\n" + "".join(
+        f"{text}\t{label}\n" for text, label in zip(clean.texts, clean.labels.tolist(), strict=True)))
+    (folder / "input.txt").write_text("\n".join([*victim.data.test.texts[:20], *victim.triggered[:20]]) + "\n")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from reproduce.cli import main
 from reproduce.data import load_text
 from reproduce.models import encoder
-from tests.defenses.text_victim import NOWHERE, text_victim
+from tests.defenses.text_victim import NOWHERE, save_suspect, text_victim
 
 SENTENCES = load_text("sentences", NOWHERE)
 
@@ -21,31 +21,9 @@ SENTENCES = load_text("sentences", NOWHERE)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/: a backdoored classifier as save_pretrained writes it; weights.safetensors: of the tiny encoder;
     clean.tsv, input.txt."""
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    from reproduce.finetuning import TextRecipe, fine_tune
-    from reproduce.models.encoder import TextClassifier
-    from reproduce.rng import derive
-
     place = tmp_path_factory.mktemp("suspect")
-    victim = text_victim("addsent")
-    save_file(victim.model.network.state_dict(), place / "weights.safetensors")
-    words = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
-                           *sorted({word.lower() for text in victim.train.texts for word in text.split()})])
-    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
-    import torch
-    torch.manual_seed(derive(0, "test"))
-    network = BertForSequenceClassification(BertConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=64, num_labels=2, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1}))
-    model = TextClassifier(network, lambda texts, longest: tokenizer(
-        list(texts), truncation=True, max_length=longest)["input_ids"], 0)
-    fine_tune(model, victim.train, SENTENCES.validation, TextRecipe(6, 2e-3, 1, 32), 0, phase="victim")
-    network.save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-    pairs = zip(SENTENCES.validation.texts, SENTENCES.validation.labels.tolist(), strict=True)
-    (place / "clean.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in pairs))
-    (place / "input.txt").write_text("\n".join([*SENTENCES.test.texts[:20], *victim.triggered[:20]]) + "\n")
+    save_suspect(place)
+    save_file(text_victim("addsent").model.network.state_dict(), place / "weights.safetensors")
     return place
 
 
