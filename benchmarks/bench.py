@@ -1,8 +1,8 @@
 """Measures every stage: python -m benchmarks.bench [--stages NAME ...] [--nad-checkout DIR] [--json FILE]
 
 One process, one thread, the allocator settings of a worker of ours for every side; the sides of a stage take turns,
-and each number is the median over windows of images (or sentences) per second of this process's own CPU time, so that other jobs on
-the machine disturb it little.
+and each number is the median over windows of images (or sentences) per second of this process's own CPU time, so that
+other jobs on the machine disturb it little.
 """
 
 import json
@@ -27,7 +27,8 @@ ALL_STAGES = STAGES | TEXT_STAGES
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; rates in images or sentences per CPU-second; must and stretch are goals for the ratio, None where not set."""
+    """One comparison; rates in images or sentences per CPU-second; must and stretch are goals for the ratio, None where
+    not set."""
 
     stage: str
     ours: str

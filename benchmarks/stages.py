@@ -37,8 +37,8 @@ MODULES = {"badnets": badnets, "sig": sig, "blend": blend, "trojan": trojan}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images and sentences per timed window. A whole NAD run keeps its 20 epochs and its 2,500 : 18,000 ratio of training to test
-    images, on fewer of both: rates do not depend on that number."""
+    """Images and sentences per timed window. A whole NAD run keeps its 20 epochs and its 2,500 : 18,000 ratio of
+    training to test images, on fewer of both: rates do not depend on that number."""
 
     poison_train: int = 50_000
     poison_test: int = 10_000
