@@ -18,10 +18,8 @@ from defenses import badacts
 from reproduce.data.texts import Texts
 from reproduce.models.encoder import TextClassifier, hashed_words
 from reproduce.rng import derive, generator
-from reproduce.texts import fast_products
 
 EPOCH = replace(badacts.RELEASED, epochs=1, correct_only=False, restarts=0)
-CPU = torch.device("cpu")
 
 
 def encoder(layers: int, width: int) -> TextClassifier:
@@ -63,7 +61,7 @@ def search(bench: Bench) -> Iterator[Stage]:
             optimizer.step()
 
     def ours() -> None:
-        with fast_products(CPU), model.frozen():
+        with model.frozen():
             badacts.search(model, clean, EPOCH, SEED)
 
     yield Stage("BadActs: intervals", len(tokens), {USUAL: plain}, {"fp32": ours}, {}, USUAL)
@@ -89,11 +87,10 @@ def judging(bench: Bench) -> Iterator[Stage]:
         return torch.stack(found)
 
     def ours() -> Tensor:
-        with fast_products(CPU):
-            tokens = model.encode(texts)
-            inside = badacts.nas(model.first_tokens(tokens), mu, sigma, EPOCH.deviations)
-            clamped = badacts.clamped_logits(model, tokens, lower, upper, EPOCH)
-            return torch.cat([inside[:, None], clamped, model.logits(tokens)], 1)
+        tokens = model.encode(texts)
+        inside = badacts.nas(model.first_tokens(tokens), mu, sigma, EPOCH.deviations)
+        clamped = badacts.clamped_logits(model, tokens, lower, upper, EPOCH)
+        return torch.cat([inside[:, None], clamped, model.logits(tokens)], 1)
 
     # A unit exactly on the edge of mu +- k sigma may fall on either side in another order of sums.
     if not torch.allclose(ours(), one_by_one(), atol=2e-3):

@@ -23,7 +23,7 @@ from reproduce.models.encoder import TextClassifier
 from reproduce.plugins import settings_of
 from reproduce.poisoning import attack_module
 from reproduce.repair import Repair, Suspect, check_modality, check_output, usable_devices
-from reproduce.texts import TextTestSet, fast_products, judge_both, triggered_test_set
+from reproduce.texts import TextTestSet, judge_both, triggered_test_set
 from reproduce.training import Observer, silent
 
 PAPER = "badacts"
@@ -33,8 +33,7 @@ FEWEST = 20     # clean sentences: ten to fit on, ten to find a threshold on; fa
 def evaluate_text_suspect(suspect: Suspect) -> dict[str, Any]:
     """acc, acc_nontarget, asr, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
     _dataset, model, test = _suspect(suspect)
-    with fast_products(model.device):
-        return _measured(test, *(model.logits(texts).argmax(1) for texts in (test.clean.texts, test.triggered)))
+    return _measured(test, *(model.logits(texts).argmax(1) for texts in (test.clean.texts, test.triggered)))
 
 
 def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
@@ -61,12 +60,11 @@ def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     if len(clean) < FEWEST:
         raise UserError(f"--clean-fraction {fraction} of {len(dataset.validation)} sentences is "
                         f"{len(clean)}: raise it to {FEWEST} or more")
-    with fast_products(model.device):
-        before = _measured(test, *(model.logits(texts).argmax(1) for texts in (test.clean.texts, test.triggered)))
-        started = time.monotonic()
-        guard = module.defend(model, clean, config, suspect.seed)
-        seconds = round(time.monotonic() - started, 2)
-        on_clean, on_triggered = judge_both(guard, test)
+    before = _measured(test, *(model.logits(texts).argmax(1) for texts in (test.clean.texts, test.triggered)))
+    started = time.monotonic()
+    guard = module.defend(model, clean, config, suspect.seed)
+    seconds = round(time.monotonic() - started, 2)
+    on_clean, on_triggered = judge_both(guard, test)
     found = {"before": before, "after": _measured(test, on_clean.labels, on_triggered.labels), "seconds": seconds,
              "defense": repair.defense, "clean_sentences": len(clean), "info": guard.info}
     if on_clean.flagged is not None:
@@ -172,15 +170,14 @@ def purify(wanted: Purification, observe: Observer = silent) -> dict[str, Any]:
                         "are better")
     config = dataclasses.replace(badacts.SETTINGS[PAPER, "detect-then-purify"], frr=wanted.frr,
                                  deviations=wanted.deviations, epochs=wanted.epochs)
-    with fast_products(model.device):
-        before = model.logits(clean.texts).argmax(1)
-        right = float((before == clean.labels).float().mean())
-        if right <= 1 / model.num_classes:
-            raise UserError(f"{wanted.checkpoint} classifies {100 * right:.0f} % of {wanted.clean} correctly, no "
-                            "better than chance: are the labels numbered as the model numbers them?")
-        guard = badacts.defend(model, clean, config, wanted.seed, observe)
-        plain, after = model.logits(sentences).argmax(1), guard.judge(sentences)
-        on_clean = guard.judge(clean.texts)
+    before = model.logits(clean.texts).argmax(1)
+    right = float((before == clean.labels).float().mean())
+    if right <= 1 / model.num_classes:
+        raise UserError(f"{wanted.checkpoint} classifies {100 * right:.0f} % of {wanted.clean} correctly, no "
+                        "better than chance: are the labels numbered as the model numbers them?")
+    guard = badacts.defend(model, clean, config, wanted.seed, observe)
+    plain, after = model.logits(sentences).argmax(1), guard.judge(sentences)
+    on_clean = guard.judge(clean.texts)
     with wanted.output.open("w", encoding="utf-8") as file:
         for text, label, suspicion, flagged, purified in zip(
                 sentences, plain.tolist(), after.suspicion.tolist(), after.flagged.tolist(), after.labels.tolist(),

@@ -109,7 +109,8 @@ def entries(profile: Profile) -> list[Entry]:
             found += [replace(entry, item="onion-gpt2", on_request=True)
                       for entry in _main(profile, profile.texts[0], seed, GPT2_ROWS)
                       if entry.item == purification(profile.texts[0])]
-        found += _sweeps(profile, seed)
+        if not profile.smoke or seed == profile.seeds[0]:
+            found += _sweeps(profile, seed)
     return found
 
 
