@@ -18,7 +18,7 @@ from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
 from reproduce.statistics import DRAWS
 from tables import render
-from tables.layout import MARKS, SPREAD
+from tables.layout import legend
 
 STATUSES = ("done", "failed", "damaged", "missing")
 # Fields of environment.json that differ between runs of one machine and so do not tell environments apart.
@@ -118,6 +118,8 @@ def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str,
         png = base64.b64encode((folder / "figures" / f"{figure.name}.png").read_bytes()).decode()
         return {"name": figure.name, "title": figure.title, "caption": figure.caption, "png": png}
 
+    measures = {measure for chapter in chapters for table in chapter["tables"]
+                for measure in table.data.get("measure", ())}
     return environment.get_template("report.html.j2").render(
         profile=profile, smoke=profile.smoke, command=command, claims=found,
         seeds=sorted({entry.task.seed for entry in results.entries}),
@@ -128,4 +130,4 @@ def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str,
                    "figures": [shown(figure) for figure in chapter["figures"]]}
                   for chapter in chapters],
         runs=runs, counted={status: counted[status] for status in STATUSES}, environments=_environments(runs),
-        total=len(runs), legend=f"{SPREAD} {MARKS}", draws=DRAWS)
+        total=len(runs), legend=legend(measures, "sample"), draws=DRAWS)

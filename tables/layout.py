@@ -1,7 +1,7 @@
 """What the papers' tables share: estimates over seeds, marks for the best, a list shape and an attack grid."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,7 +244,7 @@ def table(name: str, title: str, caption: str, frame: pd.DataFrame, data: pd.Dat
                  tuple(dict.fromkeys(done.run)), legend, datasets, models)
 
 
-def legend(measures: Sequence[str], sample: str = "image") -> str:
+def legend(measures: Collection[str], sample: str = "image") -> str:
     """How to read the cells of these measures. sample: what the test set consists of."""
     said = f"{SPREAD} {MARKS}".replace("test images", f"test {sample}s")
     return f"{said} {WITHOUT_TEST}" if set(measures) & set(AREAS) else said
