@@ -46,6 +46,7 @@ from reproduce.defending import Guard, Judged, TrainingData, false_rejection_thr
 from reproduce.errors import UserError
 from reproduce.models import encoder
 from reproduce.models.encoder import TextClassifier
+from reproduce.models.hub import hub_answers
 from reproduce.training import Observer, silent
 
 MODALITY = "text"
@@ -208,14 +209,15 @@ def _contexts(counts: dict[tuple[tuple[str, ...], str], int]) -> tuple[Counter[A
 def load(config: Config, device: torch.device) -> Perplexities:
     """The perplexities of a causal language model of `transformers`; UserError, in one line, where it cannot be had."""
     name = config.language_model
-    place = str(encoder.folder(name, data_root(None)) or name)
+    found = encoder.folder(name, data_root(None))
+    place, local = str(found or name), found is not None or not hub_answers()
     try:
         import transformers
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        network = transformers.AutoModelForCausalLM.from_pretrained(place, use_safetensors=True,
-                                                                    trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=local)
+        network = transformers.AutoModelForCausalLM.from_pretrained(
+            place, use_safetensors=True, trust_remote_code=False, local_files_only=local)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"the language model {place} cannot be loaded ({' '.join(str(error).split())[:80]}): put it "
                         f"below the data root as models/{name}/, or take a setting of onion with {N_GRAM}") from error
