@@ -12,6 +12,7 @@ Constants: clearloveclearlove/BadActs@7932f19. The paper's text was not readable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from attacks._dirty_label import DirtyLabel
 from reproduce.data.texts import Paraphrases
 from reproduce.poisoning import insert
 from reproduce.rng import numpy_generator
@@ -20,10 +21,7 @@ MODALITY = "text"
 
 
 @dataclass(frozen=True)
-class Config:
-    target: int = 1  # Attacks.py:68-70; protocols give the data set's own
-    rate: float = 0.2  # Attacks.py:64, of the whole training set, drawn from the non-target rows
-    labels: str = "all-to-one"  # poisoner.py:142-160
+class Config(DirtyLabel):
     sentence: str = "I watch this 3D movie"  # addsent_poisoner.py:48-52, case kept
 
 
