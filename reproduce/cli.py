@@ -26,9 +26,10 @@ from reproduce.models.encoder import LAYERS
 from reproduce.poisoning import attack_module
 from reproduce.protocols import PAPERS, PROFILES, Entry, Profile, entries
 from reproduce.provenance import PROJECT
+from reproduce.purify import Purification
+from reproduce.purify import purify as purify_sentences
 from reproduce.repair import Repair, Suspect, evaluate_suspect, repair_suspect, usable_devices
-from reproduce.repair_texts import Purification, evaluate_text_suspect, repair_text_suspect
-from reproduce.repair_texts import purify as purify_sentences
+from reproduce.repair_texts import evaluate_text_suspect, repair_text_suspect
 from reproduce.report import write_report
 from reproduce.results import Results
 from reproduce.store import Store
