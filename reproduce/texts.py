@@ -25,7 +25,6 @@ from reproduce.poisoning import attack_module, poison_texts
 from reproduce.training import Observer
 
 SHOWN = 4           # sentences whose activations are kept for the figures
-FEATURES = 100      # sentences whose last hidden states are kept
 LARGEST = float(np.finfo(np.float16).max)
 # Forward passes of one WRN-16-1 image that one sentence costs, about; other encoders are taken for BERT's size.
 SENTENCE = {encoder.TINY: 0.3, encoder.MINILM: 7.0}
@@ -117,7 +116,9 @@ class TextBench:
         info["judging_seconds"] = round(time.perf_counter() - started, 2)
         predictions = test.predictions(clean.labels, triggered.labels)
         measured: dict[str, Any] = dict(metrics(predictions))
-        arrays = {"predictions": vars(predictions), "samples": samples(guard.model or plain, test, guard)}
+        arrays = {"predictions": vars(predictions)}
+        if guard.hook:
+            arrays["samples"] = samples(plain, test, guard)
         if clean.suspicion is not None:
             detection = Detection(*(array.numpy() for array in (
                 clean.suspicion, triggered.suspicion, clean.flagged, triggered.flagged,
@@ -188,20 +189,14 @@ def samples(model: TextClassifier, test: TextTestSet, guard: Guard | None = None
     """What figures show of a model.
 
     texts, triggered: a few test sentences and their triggered copies; cls_<clean|triggered>: the first token's states
-    after each layer on them, float16 (n, layers, D), and cls_<kind>_after where the guard changes them;
-    features_<clean|triggered>: the last layer's on more sentences, (m, D), clean ones of all classes with
-    feature_labels (m,).
+    after each layer on them, float16 (n, layers, D), and cls_<kind>_after as the guard leaves them.
     """
     rows = test.index[:SHOWN].tolist() if len(test.index) else list(range(SHOWN))
     shown = {"clean": [test.clean.texts[i] for i in rows], "triggered": list(test.triggered[:SHOWN])}
-    arrays: dict[str, np.ndarray] = {
-        "texts": np.array(shown["clean"]), "triggered": np.array(shown["triggered"], dtype=np.str_),
-        "feature_labels": test.clean.labels[:FEATURES].numpy().astype(np.int32)}
-    more = {"clean": list(test.clean.texts[:FEATURES]), "triggered": list(test.triggered[:FEATURES])}
+    arrays = {"texts": np.array(shown["clean"]), "triggered": np.array(shown["triggered"], dtype=np.str_)}
     for kind, texts in shown.items():
         if texts:
             arrays[f"cls_{kind}"] = _half(model.first_tokens(texts))
-            arrays[f"features_{kind}"] = _half(model.first_tokens(more[kind])[:, -1])
             if guard and guard.hook:
                 arrays[f"cls_{kind}_after"] = _half(model.first_tokens(texts, guard.hook))
     return arrays

@@ -43,7 +43,7 @@ def test_a_victim_learns_task_and_trigger(root: Path) -> None:
     assert [row["phase"] for row in run.history()] == ["victim"] * 5
     arrays = run.arrays("samples")
     assert "3D movie" in arrays["triggered"][0] and arrays["cls_triggered"].shape == (4, 2, 64)
-    assert arrays["features_clean"].shape == (100, 64) and run.detection() is None
+    assert run.detection() is None
     environment = run.json("environment")
     assert environment["transformers"] and environment["source"]
 
@@ -102,6 +102,7 @@ def test_a_defense_that_changes_weights_stores_them(root: Path) -> None:
     run = runner(root).run(Cell(VICTIM, "ft_text", config, 1.0))
     victim = runner(root).run(VICTIM)
     assert not run.tensors("model")["classifier.weight"].equal(victim.tensors("model")["classifier.weight"])
+    assert not (run.path / "samples.npz").exists(), "only a defense that changes activations shows them"
 
 
 def test_cleaning_the_training_set_trains_from_the_victims_initialisation(root: Path,
