@@ -28,7 +28,7 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def declared() -> dict[str, tuple[int, ...]]:
-    """Direct dependencies with lower bounds, from pyproject.toml; `text` is left out of the lock on purpose."""
+    """Direct dependencies with lower bounds, from pyproject.toml; `hub` is left out of the lock on purpose."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return dict(map(requirement, project["dependencies"] + project["optional-dependencies"]["test"]))
 
@@ -62,15 +62,20 @@ def test_lock_satisfies_pyproject() -> None:
     for name, bound in declared().items():
         assert name in locked(), f"{name} is not in requirements.lock"
         assert version(locked()[name]) >= bound, name
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert all(line in LOCK for line in project["optional-dependencies"]["minilm"])
 
 
 def test_environment_yml_has_the_same_ranges() -> None:
-    lines = re.findall(r"^  - (\S+)$", (ROOT / "environment.yml").read_text(), re.M)
-    conda = dict(requirement(line) for line in lines if line != "conda-forge")
+    text = (ROOT / "environment.yml").read_text()
+    lines = re.findall(r"^  - (\S+)$", text, re.M)
+    conda = dict(requirement(line) for line in lines if line not in ("conda-forge", "pip", "pip:"))
     python = conda.pop("python")
     assert conda == {CONDA_NAMES.get(name, name): bound for name, bound in declared().items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f">={python[0]}.{python[1]}"
+    # What conda does not have is installed by pip inside of it.
+    assert re.findall(r"^      - (\S+)$", text, re.M) == project["optional-dependencies"]["minilm"]
 
 
 def test_every_lock_entry_is_pinned_once_and_hashed() -> None:

@@ -64,7 +64,7 @@ def test_page_names_gaps_profile_and_command(summary: ReportSummary) -> None:
     page = summary.page.read_text()
     assert "ValueError: no &lt;such&gt; layer" in page and "main-CL-MCR-described-s0" in page
     assert "./run_all.sh --profile quick &lt;&amp;&gt;" in page
-    assert "Smoke scale" in page and "scikit-learn" in page and "2026-01-01T00:00:00Z" in page
+    assert "Smoke scale" in page and "embedded digits" in page and "2026-01-01T00:00:00Z" in page
 
 
 def test_files_are_written(summary: ReportSummary) -> None:

@@ -164,6 +164,6 @@ def test_a_victims_run_keeps_the_trained_trigger(tmp_path: Path) -> None:
     trigger = run.tensors("trigger")
     assert trigger["masks.1.num_batches_tracked"] > 0 and trigger["generator.1.num_batches_tracked"] > 0
     # A defense finds the same triggered images that the victim was evaluated on.
-    _model, test = runner._load_victim(victim)
+    _model, test = runner._bench("image")._load_victim(victim)
     assert torch.equal(test.triggered[:8], torch.from_numpy(run.arrays("samples")["triggered"]))
     assert len(test.triggered) == len(run.predictions().triggered)
