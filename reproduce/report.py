@@ -109,6 +109,13 @@ def _environments(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def _subjects(results: Results, profile: Profile) -> list[tuple[str, str]]:
+    """(data set, model) of the protocol's victims, each once."""
+    victims = [getattr(entry.task, "victim", None) for entry in results.entries]
+    pairs = [(victim.dataset, victim.model) for victim in victims if victim]
+    return list(dict.fromkeys(pairs)) or [(profile.dataset, profile.model)]
+
+
 def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str, Any]], found: list[claims.Claim],
           runs: list[dict[str, Any]], counted: Counter, results: Results) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
@@ -121,7 +128,7 @@ def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str,
     measures = {measure for chapter in chapters for table in chapter["tables"]
                 for measure in table.data.get("measure", ())}
     return environment.get_template("report.html.j2").render(
-        profile=profile, smoke=profile.smoke, command=command, claims=found,
+        profile=profile, smoke=profile.smoke, command=command, claims=found, subjects=_subjects(results, profile),
         seeds=sorted({entry.task.seed for entry in results.entries}),
         chapters=[{"name": chapter["name"], "paper": chapter["paper"],
                    "tables": [{"name": table.name, "title": table.title,
