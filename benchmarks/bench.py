@@ -60,7 +60,7 @@ def measure(stage: Stage, windows: int, with_goals: bool = True) -> list[Row]:
     for against in stage.baselines:
         for ours in stage.ours:
             goal_set = with_goals and against == stage.goal_against
-            must, stretch = stage.goals[ours] if goal_set else (None, None)
+            must, stretch = stage.goals.get(ours, (None, None)) if goal_set else (None, None)
             rows.append(Row(stage.name, ours, against, rates[against], rates[ours], rates[ours] / rates[against],
                             must, stretch))
     return rows

@@ -36,6 +36,9 @@ def test_rates_are_medians_per_cpu_second(monkeypatch: pytest.MonkeyPatch) -> No
     stage = Stage("s", 120, {"NAD": lambda: side("slow")}, {"fp32": lambda: side("fast")}, {"fp32": (2.5, 3.5)})
     row, = measure(stage, windows=3)
     assert (row.baseline_rate, row.our_rate, row.ratio, row.verdict) == (20, 60, 3, "met")
+    costs |= {"slow": iter([99, 4]), "fast": iter([99, 2])}
+    without_goals = Stage("s", 120, {"NAD": lambda: side("slow")}, {"fp32": lambda: side("fast")}, {})
+    assert measure(without_goals, windows=1)[0].verdict == ""
 
 
 @pytest.mark.parametrize(("name", "function"), [("poison", stages.badnets), ("augment", stages)])
