@@ -300,3 +300,15 @@ def test_few_pairs_and_weak_attacks_decide_nothing(tmp_path: Path) -> None:
     weak = outcomes(made(tmp_path / "weak", QUICK, {"Before": (90, 30)}))
     assert weak["erases-word-triggers"] == weak["detects-feature-triggers"] == criteria.UNDECIDED
     assert weak["optimisation-adds"] == criteria.NOT_RUN, "no pair on a working backdoor"
+
+
+def test_another_encoder_gives_no_verdict_on_the_paper() -> None:
+    refuted = criteria.Claim("BadActs (Findings of ACL 2024)", "n", "s", "source", "c", criteria.REFUTED,
+                             criteria.REFUTED, "", "evidence", (), ())
+    small = replace(PROFILES["paper"], encoder="minilm-l6")
+    found = claims._scaled(refuted, small)
+    assert found.verdict == criteria.UNDECIDED and found.outcome == criteria.REFUTED
+    assert "not supported with minilm-l6 in the place of" in found.evidence and found.scale == "another encoder"
+    assert claims._scaled(refuted, PROFILES["paper"]).verdict == criteria.REFUTED
+    other = replace(refuted, paper="NAD (ICLR 2021)")
+    assert claims._scaled(other, small).verdict == criteria.REFUTED

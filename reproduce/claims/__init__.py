@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduce.claims.criteria import NOT_RUN, Claim
+from reproduce.claims.criteria import NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, Claim
+from reproduce.models.encoder import BERT
 from reproduce.plugins import names
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
@@ -45,6 +46,12 @@ def _scaled(claim: Claim, profile: Profile) -> Claim:
     if profile.smoke:
         return dataclasses.replace(claim, verdict=claim.outcome if claim.outcome == NOT_RUN else NO_VERDICT,
                                    scale="smoke scale")
+    if claim.paper == PAPERS["badacts"] and profile.encoder != BERT:
+        found = claim.outcome in (SUPPORTED, REFUTED)
+        note = f"; {claim.outcome} with {profile.encoder} in the place of the protocol's encoder: no verdict on the " \
+               "paper"
+        return dataclasses.replace(claim, verdict=UNDECIDED if found else claim.outcome, scale="another encoder",
+                                   evidence=claim.evidence + note if found else claim.evidence)
     if profile.victim_epochs or profile.defense_epochs:
         return dataclasses.replace(claim, scale="shortened protocol")
     return dataclasses.replace(claim, scale="exact protocol")
