@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from reproduce import data, images, texts
+from reproduce import data
 from reproduce.cells import Task
-from reproduce.runner import Runner
+from reproduce.runner import BENCHES, Runner
 from reproduce.store import Store
 
 # Images per second one CPU core takes forwards through WRN-16-1; only for the first estimate of time left.
@@ -52,7 +52,7 @@ class Workers:
 
 def cost(task: Task) -> float:
     """Work of a task in forward passes of one image; used for ordering and for time estimates only."""
-    return (images if data.modality(task.victim.dataset) == data.IMAGE else texts).cost(task)
+    return BENCHES[data.modality(task.victim.dataset)].cost(task)
 
 
 def seconds_per_cost(store: Store, tasks: list[Task]) -> float:
@@ -274,5 +274,5 @@ def check_data(tasks: list[Task], root: Path) -> None:
     """Load each data set and each encoder once before any worker starts, so that a missing file is one line and not
     many failures."""
     victims = [task.victim for task in tasks]
-    for modality, bench in ((data.IMAGE, images), (data.TEXT, texts)):
+    for modality, bench in BENCHES.items():
         bench.check([victim for victim in victims if data.modality(victim.dataset) == modality], root)

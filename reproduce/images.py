@@ -37,6 +37,24 @@ class ImageBench:
         self.at = at
         self._victims: dict[str, tuple[nn.Module, TestSet]] = {}
 
+    @staticmethod
+    def cost(task: Task) -> float:
+        """Work of a task in forward passes of one image; used for ordering and for time estimates only."""
+        total, test = TRAIN_IMAGES[task.victim.dataset], 2 * TEST_IMAGES[task.victim.dataset]
+        if isinstance(task, Cell):
+            epochs = sum(recipe.epochs for recipe in recipes(task.config))
+            clean = round(task.clean_fraction * total)
+            work = getattr(defense_module(task.defense), "work", lambda config, images, classes: 0)
+            trained = epochs * clean + work(task.config, clean, data.NUM_CLASSES[task.victim.dataset])
+            return (BACKWARD_COST + 1) * trained + test * (1 + epochs * task.curve)
+        return BACKWARD_COST * sum(recipe.epochs for recipe in recipes(task.victim.recipe)) * total + test
+
+    @staticmethod
+    def check(victims: list[Victim], root: Path) -> None:
+        """Load each data set once, so that a missing file is one line."""
+        for name in sorted({victim.dataset for victim in victims}):
+            data.load(name, root)
+
     def victim(self, victim: Victim) -> Outcome:
         if victim.published:
             return self._published(victim)
@@ -197,21 +215,3 @@ def triggered_test_set(images: Tensor, labels: Tensor, num_classes: int, attack:
     index = triggered_candidates(labels, settings)
     triggered = attack_module(attack).apply(take(images, index), settings, state, seed, "test")
     return TestSet(images, labels, index, triggered, triggered_labels(labels[index], settings, num_classes))
-
-
-def cost(task: Task) -> float:
-    """Work of a task in forward passes of one image; used for ordering and for time estimates only."""
-    total, test = TRAIN_IMAGES[task.victim.dataset], 2 * TEST_IMAGES[task.victim.dataset]
-    if isinstance(task, Cell):
-        epochs = sum(recipe.epochs for recipe in recipes(task.config))
-        clean = round(task.clean_fraction * total)
-        work = getattr(defense_module(task.defense), "work", lambda config, images, classes: 0)
-        trained = epochs * clean + work(task.config, clean, data.NUM_CLASSES[task.victim.dataset])
-        return (BACKWARD_COST + 1) * trained + test * (1 + epochs * task.curve)
-    return BACKWARD_COST * sum(recipe.epochs for recipe in recipes(task.victim.recipe)) * total + test
-
-
-def check(victims: list[Victim], root: Path) -> None:
-    """Load each data set once, so that a missing file is one line."""
-    for name in sorted({victim.dataset for victim in victims}):
-        data.load(name, root)

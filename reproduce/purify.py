@@ -38,7 +38,8 @@ def purify(wanted: Purification, observe: Observer = silent) -> dict[str, Any]:
     """BadActs on one's own sentences: writes one JSON object per input sentence, returns the totals.
 
     Per sentence: text, label_before, suspicion (share of abnormal activations), nas (1 - suspicion), flagged, and
-    label_after: the purified label of a flagged sentence, else label_before.
+    label_after: the purified label of a flagged sentence, else label_before. The totals' clean_acc_after is that on the
+    sentences the search has seen, so it flatters.
     """
     if not wanted.output.parent.is_dir():
         raise UserError(f"--output {wanted.output}: the folder {wanted.output.parent} does not exist")

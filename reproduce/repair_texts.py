@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ def _suspect(suspect: Suspect) -> tuple[TextDataset, TextClassifier, TextTestSet
         settings = dataclasses.replace(settings_of(f"attack {suspect.attack}", module, PAPER, suspect.variant),
                                        target=_target(suspect, dataset))
     test = triggered_test_set(dataset, suspect.attack or NONE, settings, suspect.seed)
-    return dataset, load_classifier(suspect.checkpoint, suspect.model, dataset, suspect), test
+    return dataset, _classifier(suspect, dataset), test
 
 
 def _target(suspect: Suspect, dataset: TextDataset) -> int:
@@ -97,11 +96,12 @@ def _target(suspect: Suspect, dataset: TextDataset) -> int:
     return target
 
 
-def load_classifier(checkpoint: Path, name: str, dataset: TextDataset, suspect: Suspect) -> TextClassifier:
-    """A folder as `save_pretrained` writes it, or the model.safetensors of a victim's run folder for encoder `name`."""
-    place = usable_devices(suspect.device)[0]
+def _classifier(suspect: Suspect, dataset: TextDataset) -> TextClassifier:
+    """The checkpoint: a folder as `save_pretrained` writes it, a victim's run folder, or its model.safetensors."""
+    place, checkpoint = usable_devices(suspect.device)[0], suspect.checkpoint
     torch.set_num_threads(1)  # a second thread beside any busy process costs more than it brings
-    if checkpoint.is_dir() and (checkpoint / "config.json").is_file() and not (checkpoint / "done").is_file():
+    # A run folder has a config.json too, of another kind.
+    if (checkpoint / "config.json").is_file() and not (checkpoint / "done").is_file():
         model = encoder.load_pretrained(str(checkpoint))
         if model.num_classes != dataset.num_classes:
             raise UserError(f"{checkpoint} tells {model.num_classes} classes apart, {dataset.name} has "
@@ -110,14 +110,14 @@ def load_classifier(checkpoint: Path, name: str, dataset: TextDataset, suspect: 
     path = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    model = encoder.build(name, dataset.num_classes, 0, suspect.root)
+    model = encoder.build(suspect.model, dataset.num_classes, 0, suspect.root)
     try:
         model.network.load_state_dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable .safetensors file ({str(error)[:100]})") from error
     except RuntimeError as error:
-        raise UserError(f"{path} is not a {name} with {dataset.num_classes} classes: choose the right --model or "
-                        "--dataset") from error
+        raise UserError(f"{path} is not a {suspect.model} with {dataset.num_classes} classes: choose the right --model "
+                        "or --dataset") from error
     return model.eval().to(place)
 
 

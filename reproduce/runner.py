@@ -15,7 +15,7 @@ from reproduce.provenance import environment
 from reproduce.store import Run, Store
 from reproduce.texts import TextBench
 
-BENCHES: dict[str, Callable[[Surroundings], Bench]] = {data.IMAGE: ImageBench, data.TEXT: TextBench}
+BENCHES: dict[str, type[Bench]] = {data.IMAGE: ImageBench, data.TEXT: TextBench}
 
 
 @dataclass

@@ -30,9 +30,6 @@ LARGEST = float(np.finfo(np.float16).max)
 SENTENCE = {encoder.TINY: 0.3, encoder.MINILM: 7.0}
 BERT_SENTENCE = 56.0
 BACKWARD_COST = 2.0
-SENTENCES = {"sentences": (800, 240, 240), "sst-2": (6920, 872, 1821), "yelp": (14000, 2999, 3001),
-             "hsol": (4658, 1165, 2485), "hsol-released": (5823, 2485, 2485), "agnews": (108_000, 12_000, 7600),
-             "agnews-small": (10_000, 2000, 7600)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,29 @@ class TextBench:
     def __init__(self, at: Surroundings) -> None:
         self.at = at
         self._kept: tuple[str, TextClassifier, TextTestSet] | None = None
+
+    @staticmethod
+    def cost(task: Task) -> float:
+        """Work of a task in forward passes of one WRN-16-1 image; used for ordering and for time estimates only."""
+        train, validation, test = data.sentences_in(task.victim.dataset)
+        each = SENTENCE.get(task.victim.model, BERT_SENTENCE)
+        if isinstance(task, Cell):
+            work = getattr(defense_module(task.defense), "work", lambda config, count, classes: 0)
+            trained = work(task.config, round(task.clean_fraction * validation),
+                           data.NUM_CLASSES[task.victim.dataset])
+            return each * ((BACKWARD_COST + 1) * trained + 4 * test)
+        return each * ((BACKWARD_COST + 1) * task.victim.recipe.epochs * train + 2 * test)
+
+    @staticmethod
+    def check(victims: list[Victim], root: Path) -> None:
+        """Load each data set, each paraphrase and each encoder once, so that a missing file is one line."""
+        for name, attack in sorted({(victim.dataset, victim.attack) for victim in victims}):
+            dataset = data.load_text(name, root)
+            if attack != NONE and "paraphrases" in attack_module(attack).requires(attack_module(attack).Config()):
+                for split in ("train", "test"):
+                    dataset.paraphrases(attack, split)
+        for name in sorted({victim.model for victim in victims}):
+            encoder.check(name, root)
 
     def victim(self, victim: Victim) -> Outcome:
         started = time.perf_counter()
@@ -228,25 +248,3 @@ def degenerate(text: str) -> bool:
     if any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False)):
         return True
     return max(Counter(pairwise(words)).values(), default=0) >= 3
-
-
-def cost(task: Task) -> float:
-    """Work of a task in forward passes of one WRN-16-1 image; used for ordering and for time estimates only."""
-    train, validation, test = SENTENCES[task.victim.dataset]
-    each = SENTENCE.get(task.victim.model, BERT_SENTENCE)
-    if isinstance(task, Cell):
-        work = getattr(defense_module(task.defense), "work", lambda config, count, classes: 0)
-        trained = work(task.config, round(task.clean_fraction * validation), data.NUM_CLASSES[task.victim.dataset])
-        return each * ((BACKWARD_COST + 1) * trained + 4 * test)
-    return each * ((BACKWARD_COST + 1) * task.victim.recipe.epochs * train + 2 * test)
-
-
-def check(victims: list[Victim], root: Path) -> None:
-    """Load each data set, each paraphrase and each encoder once, so that a missing file is one line."""
-    for name, attack in sorted({(victim.dataset, victim.attack) for victim in victims}):
-        dataset = data.load_text(name, root)
-        if attack != NONE and "paraphrases" in attack_module(attack).requires(attack_module(attack).Config()):
-            for split in ("train", "test"):
-                dataset.paraphrases(attack, split)
-    for name in sorted({victim.model for victim in victims}):
-        encoder.check(name, root)

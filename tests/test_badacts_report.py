@@ -14,7 +14,7 @@ from reproduce import claims
 from reproduce.cells import Task, Victim
 from reproduce.claims import criteria
 from reproduce.metrics import Detection, Predictions, auroc, detection_metrics, metrics, wilson
-from reproduce.protocols import PROFILES, Entry, Profile, entries
+from reproduce.protocols import PROFILES, Entry, Profile, departure, entries
 from reproduce.protocols.badacts import METHOD, PAPER, REJECT, STATISTICS, THEN, detection, purification
 from reproduce.results import Results
 from reproduce.statistics import mcnemar
@@ -306,9 +306,8 @@ def test_another_encoder_gives_no_verdict_on_the_paper() -> None:
     refuted = criteria.Claim("BadActs (Findings of ACL 2024)", "n", "s", "source", "c", criteria.REFUTED,
                              criteria.REFUTED, "", "evidence", (), ())
     small = replace(PROFILES["paper"], encoder="minilm-l6")
-    found = claims._scaled(refuted, small)
+    assert departure(PAPER, PROFILES["paper"]) == departure("nad", small) == ""
+    found = claims.scaled(refuted, small, departure(PAPER, small))
     assert found.verdict == criteria.UNDECIDED and found.outcome == criteria.REFUTED
-    assert "not supported with minilm-l6 in the place of" in found.evidence and found.scale == "another encoder"
-    assert claims._scaled(refuted, PROFILES["paper"]).verdict == criteria.REFUTED
-    other = replace(refuted, paper="NAD (ICLR 2021)")
-    assert claims._scaled(other, small).verdict == criteria.REFUTED
+    assert "not supported with minilm-l6 in the place of" in found.evidence and found.scale.startswith("minilm-l6")
+    assert claims.scaled(refuted, PROFILES["paper"]).verdict == criteria.REFUTED

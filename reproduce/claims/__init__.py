@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from reproduce.claims.criteria import NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, Claim
-from reproduce.models.encoder import BERT
 from reproduce.plugins import names
-from reproduce.protocols import PAPERS, Profile
+from reproduce.protocols import PAPERS, Profile, departure
 from reproduce.results import Results
 
 NO_VERDICT = "smoke scale: no verdict on the paper"
@@ -24,7 +23,7 @@ NO_VERDICT = "smoke scale: no verdict on the paper"
 def claims(results: Results, profile: Profile) -> list[Claim]:
     """The claims of every paper that has entries and a file here, in the papers' order."""
     papers = {entry.paper for entry in results.entries} & set(names(Path(__file__).parent))
-    return [_scaled(claim, profile) for paper in PAPERS if paper in papers
+    return [scaled(claim, profile, departure(paper, profile)) for paper in PAPERS if paper in papers
             for claim in importlib.import_module(f"reproduce.claims.{paper}").claims(results)]
 
 
@@ -41,16 +40,15 @@ def write(found: Sequence[Claim], path: Path) -> None:
                     encoding="utf-8")
 
 
-def _scaled(claim: Claim, profile: Profile) -> Claim:
-    """The claim with a verdict fit for the profile's scale."""
+def scaled(claim: Claim, profile: Profile, departure: str = "") -> Claim:
+    """The claim with a verdict fit for the profile's scale. departure: what of the paper's protocol it replaces."""
     if profile.smoke:
         return dataclasses.replace(claim, verdict=claim.outcome if claim.outcome == NOT_RUN else NO_VERDICT,
                                    scale="smoke scale")
-    if claim.paper == PAPERS["badacts"] and profile.encoder != BERT:
+    if departure:
         found = claim.outcome in (SUPPORTED, REFUTED)
-        note = f"; {claim.outcome} with {profile.encoder} in the place of the protocol's encoder: no verdict on the " \
-               "paper"
-        return dataclasses.replace(claim, verdict=UNDECIDED if found else claim.outcome, scale="another encoder",
+        note = f"; {claim.outcome} with {departure}: no verdict on the paper"
+        return dataclasses.replace(claim, verdict=UNDECIDED if found else claim.outcome, scale=departure,
                                    evidence=claim.evidence + note if found else claim.evidence)
     if profile.victim_epochs or profile.defense_epochs:
         return dataclasses.replace(claim, scale="shortened protocol")

@@ -1,6 +1,6 @@
 """BadActs' claims: word triggers and feature-space triggers, the trade-off with detection first, and what does it.
 
-The abstract holds no number, so every threshold here is ours, chosen before any run of a defense on sentences.
+The abstract holds no number, so every threshold here is ours, chosen before any run of a defense on real sentences.
 """
 
 import dataclasses

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from reproduce.data.texts import SOURCES, TextDataset, load_texts
+from reproduce.data import sentences
+from reproduce.data.texts import SOURCES, TextDataset, load_texts, sizes
 from reproduce.errors import UserError
 
 IMAGE, TEXT = "image", "text"
@@ -35,7 +36,8 @@ class Dataset:
 
 
 IMAGE_CLASSES = {"digits": 10, "cifar10": 10, "gtsrb": 43}
-NUM_CLASSES = IMAGE_CLASSES | {"sentences": 2} | {name: len(source.classes) for name, source in SOURCES.items()}
+NUM_CLASSES = IMAGE_CLASSES | {"sentences": len(sentences.CLASSES)} | {
+    name: len(source.classes) for name, source in SOURCES.items()}
 
 
 def modality(name: str) -> str:
@@ -47,7 +49,12 @@ def modality(name: str) -> str:
 
 def attacker_target(name: str) -> int:
     """The label that attacks on a text data set aim at, as released."""
-    return SOURCES[name].target if name in SOURCES else 1
+    return SOURCES[name].target if name in SOURCES else sentences.TARGET
+
+
+def sentences_in(name: str) -> tuple[int, int, int]:
+    """How many sentences train, validation and test of a text data set hold."""
+    return sizes(name) if name in SOURCES else tuple(sentences.COUNTS.values())
 
 
 def data_root(argument: str | Path | None = None) -> Path:
@@ -77,6 +84,5 @@ def load_text(name: str, root: Path) -> TextDataset:
         known = [other for other in NUM_CLASSES if other not in IMAGE_CLASSES]
         raise UserError(f"{name} holds images, not texts: choose one of {', '.join(known)}")
     if name == "sentences":
-        from reproduce.data.sentences import load_sentences
-        return load_sentences()
+        return sentences.load_sentences()
     return load_texts(name, root)

@@ -31,7 +31,6 @@ from reproduce.rng import generator
 
 SPLITS = ("train", "validation", "test")
 OFFICIAL = "github.com/clearloveclearlove/BadActs"
-HSOL_VALIDATION, AGNEWS_VALIDATION = 0.2, 1 / 6
 HUB = {"sst-2": "SetFit/sst2"}  # the sentence-level split, with columns text and label
 _STEMS = {"train": "train", "validation": "dev", "test": "test"}
 _ALIGNED = {"train": "train-all-poisoned", "validation": "dev-poison", "test": "test-poison"}
@@ -100,16 +99,29 @@ SOURCES = {
 }
 
 
+# Where train and validation are both cut from one released split: that split, and the share for validation.
+CUTS = {"hsol": ("train", 0.2), "agnews-small": ("validation", 1 / 6)}
+
+
+def sizes(name: str) -> tuple[int, int, int]:
+    """How many sentences train, validation and test of a data set hold."""
+    counts = SOURCES[name].counts
+    if name in CUTS:
+        split, share = CUTS[name]
+        held = round(share * counts[split])
+        return counts[split] - held, held, counts["test"]
+    return counts["train"], counts["validation"], counts["test"]
+
+
 def load_texts(name: str, root: Path) -> TextDataset:
     """The data set `name`. Raises UserError naming any missing, damaged or unaligned file and what to do."""
     source = SOURCES[name]
     files = _Files(name, source, root)
     splits = {split: files.clean(split) for split in source.counts}
     parts = {split: (split, torch.arange(len(splits[split]))) for split in splits}
-    if name == "hsol":
-        parts["train"], parts["validation"] = _cut("train", len(splits["train"]), HSOL_VALIDATION)
-    elif name == "agnews-small":
-        parts["train"], parts["validation"] = _cut("validation", len(splits["validation"]), AGNEWS_VALIDATION)
+    if name in CUTS:
+        split, share = CUTS[name]
+        parts["train"], parts["validation"] = _cut(split, len(splits[split]), share)
 
     def paraphrases(attack: str, split: str) -> tuple[str | None, ...]:
         released, rows = parts[split]

@@ -118,6 +118,14 @@ PROFILES = {
 }
 
 
+def departure(paper: str, profile: Profile) -> str:
+    """What of a paper's protocol the profile replaces by something else, in words; empty if nothing, as for papers
+    whose protocol names nothing of the kind."""
+    named: Callable[[Profile], str] = getattr(importlib.import_module(f"reproduce.protocols.{paper}"), "departure",
+                                              lambda profile: "")
+    return named(profile)
+
+
 def entries(profile: Profile, papers: list[str], items: list[str] | None = None) -> list[Entry]:
     """Every entry of the chosen papers at this scale, or those of the named items only."""
     found: list[Entry] = []

@@ -14,7 +14,7 @@ from defenses import badacts, onion
 from reproduce.cells import Victim
 from reproduce.data import attacker_target
 from reproduce.finetuning import TextRecipe
-from reproduce.models.encoder import MINILM, TINY
+from reproduce.models.encoder import BERT, MINILM, TINY
 from reproduce.poisoning import attack_module
 from reproduce.protocols import Entry, Profile
 from reproduce.protocols.comparison import Row, cell, comparison, row
@@ -76,6 +76,11 @@ def recipe(dataset: str, encoder: str) -> TextRecipe:
     """How a victim is trained: AdamW, no weight decay, gradients clipped at 1, rate up for 3 epochs and down for 2
     (trainer.py:105-107), the epoch best on the validation split (eval.py:42)."""
     return TextRecipe(epochs=5, rate=RATES.get(encoder, BERT_RATE), warmup=3, batch=BATCHES.get(dataset, 32))
+
+
+def departure(profile: Profile) -> str:
+    """What keeps runs at this scale from a verdict on the paper: its encoder is BERT."""
+    return "" if profile.encoder == BERT else f"{profile.encoder} in the place of the protocol's encoder"
 
 
 def text_victim(profile: Profile, dataset: str, attack: str, seed: int, **changes: Any) -> Victim:

@@ -137,6 +137,9 @@ def test_real_splits(data_root: Path) -> None:
     assert released.validation.texts == released.test.texts, "the released validation set is the test set"
     assert sorted((*hsol.train.texts, *hsol.validation.texts)) == sorted(released.train.texts)
     assert (len(hsol.train), len(hsol.validation)) == (4658, 1165)
+    for name in ("sst-2", "yelp", "hsol", "hsol-released", "agnews-small"):
+        loaded = data.load_text(name, data_root)
+        assert data.sentences_in(name) == (len(loaded.train), len(loaded.validation), len(loaded.test))
     rewritten = dict(zip(released.train.texts, released.paraphrases("stylebkd", "train"), strict=True))
     cut = zip(hsol.train.texts, hsol.paraphrases("stylebkd", "train"), strict=True)
     assert sum(rewritten[text] == new for text, new in cut) > 4600   # a few sources occur twice
