@@ -81,6 +81,20 @@ def test_training_depends_on_seed_and_phase_and_leaves_the_global_generator_alon
     assert torch.rand(1).equal(before)
 
 
+def test_every_epoch_has_dropout_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = tiny(), []
+
+    def keep(_module: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
+        if model.training and len(kept) < 2:
+            kept.append(output == 0)
+
+    # One batch an epoch, always in the same order: what is dropped differs by the epoch alone.
+    monkeypatch.setattr(torch, "randperm", lambda count, generator: torch.arange(count))
+    model.network.bert.embeddings.dropout.register_forward_hook(keep)
+    fine_tune(model, few(32), DATA.validation, TextRecipe(2, 2e-3, 0, 32), 0, phase="victim")
+    assert kept[0].any() and not kept[0].equal(kept[1])
+
+
 def test_the_best_epoch_is_kept() -> None:
     # The rate is so high that later epochs forget: the kept epoch must be the best on the validation set.
     recipe = TextRecipe(epochs=4, rate=2e-2, warmup=2, batch=32)
