@@ -81,8 +81,9 @@ class Selection:
     def profile(self) -> Profile:
         name = self.profile_name or ("paper" if torch.cuda.is_available() else "quick")
         profile = dataclasses.replace(PROFILES[name], precision=self.precision)
-        if self.encoder:
-            profile = dataclasses.replace(profile, encoder=self.encoder)
+        if self.encoder and self.encoder != profile.encoder:
+            note = f"{profile.note}, but for {self.encoder} as the encoder of texts"
+            profile = dataclasses.replace(profile, encoder=self.encoder, note=note)
         return dataclasses.replace(profile, seeds=tuple(range(self.seeds))) if self.seeds else profile
 
     def entries(self, profile: Profile) -> list[Entry]:
