@@ -10,6 +10,7 @@ import torch
 from attacks import addsent, badnets_words
 from defenses import badacts, cube, ft_text, strip
 from reproduce.cells import Cell, Victim, with_dependencies
+from reproduce.cli import Selection
 from reproduce.engine import check_data, cost
 from reproduce.errors import UserError
 from reproduce.finetuning import TextRecipe
@@ -172,3 +173,9 @@ def test_protocol_gives_each_data_set_its_target_and_each_encoder_its_rate() -> 
     cells = [entry.task for entry in entries(small, ["badacts"]) if isinstance(entry.task, Cell)]
     assert {cell.victim.recipe.rate for cell in cells} == {1e-4}
     assert {cell.config.recipe.rate for cell in cells if cell.defense == "ft_text"} == {1e-4}
+
+
+def test_another_encoder_stands_in_the_profiles_note() -> None:
+    chosen = Selection("paper", (), (), 1, None, "fp32", "minilm-l6").profile
+    assert chosen.encoder == "minilm-l6" and "but for minilm-l6" in chosen.note
+    assert Selection("paper", (), (), 1, None, "fp32", "bert-base-uncased").profile.note == PROFILES["paper"].note
