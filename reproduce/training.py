@@ -4,6 +4,7 @@ Order and augmentation of epoch e depend on (seed, phase, e) only, so an interru
 from the model and the optimisers' state alone and ends bit for bit where the undisturbed one ends (on a CPU).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,8 +19,21 @@ from reproduce.rng import generator
 
 
 @dataclass(frozen=True)
+class Cosine:
+    """Cosine annealing of the first rate down to `floor` over `epochs`, as torch's CosineAnnealingLR does it."""
+
+    epochs: int
+    floor: float = 0.0
+
+    def rate(self, first: float, epoch: int) -> float:
+        """Learning rate in force at `epoch`."""
+        return self.floor + (first - self.floor) * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How to train. `rates` lists (first epoch, learning rate), epochs counted from 0.
+    """How to train. `rates` lists (first epoch, learning rate), epochs counted from 0; with `cosine` it has one entry,
+    which is annealed.
 
     precision: "fp32", or "bf16" for autocast (on a CPU and on a GPU).
     graph: capture the whole step, augmentation included, in a CUDA graph; ignored where there is no GPU.
@@ -35,9 +49,12 @@ class Recipe:
     augment: Augment = Augment()
     precision: str = "fp32"
     graph: bool = field(default=False, metadata={"identity": False})
+    cosine: Cosine | None = field(default=None, metadata={"since": "FMP"})
 
     def rate(self, epoch: int) -> float:
         """Learning rate in force at `epoch`."""
+        if self.cosine:
+            return self.cosine.rate(self.rates[0][1], epoch)
         return [rate for first, rate in self.rates if first <= epoch][-1]
 
 

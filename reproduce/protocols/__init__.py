@@ -97,9 +97,12 @@ class Profile:
 
 
 def shorten(recipe: Recipe, epochs: int | None) -> Recipe:
-    """The recipe cut to `epochs`, its learning-rate steps moved in proportion; unchanged if it is no longer."""
+    """The recipe cut to `epochs`, its learning-rate schedule in proportion; unchanged if it is no longer."""
     if epochs is None or recipe.epochs <= epochs:
         return recipe
+    if recipe.cosine:
+        period = max(1, recipe.cosine.epochs * epochs // recipe.epochs)
+        return dataclasses.replace(recipe, epochs=epochs, cosine=dataclasses.replace(recipe.cosine, epochs=period))
     rates: dict[int, float] = {}
     for first, rate in recipe.rates:
         rates[first * epochs // recipe.epochs] = rate

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 from reproduce.data.augment import Augment, to_input
 from reproduce.models import build
+from reproduce.protocols import shorten
 from reproduce.rng import generator
 from reproduce.store import Progress
-from reproduce.training import Continued, Loss, Recipe, cross_entropy, predict, sgd, train
+from reproduce.training import Continued, Cosine, Loss, Recipe, cross_entropy, predict, sgd, train
 
 RECIPE = Recipe(epochs=4, rates=((0, 0.1), (2, 0.01)), batch=32, augment=Augment(crop=4, flip=True, cutout=2))
 
@@ -213,3 +214,18 @@ def test_a_captured_step_trains_like_an_eager_one(batch: tuple, noisy: bool) -> 
         options = {"loss": loss, "extra": extra} if noisy else {}
         losses[graph] = train(model, batch[0].cuda(), batch[1].cuda(), recipe, 0, phase="v", **options)[-1]["loss"]
     assert losses[True] == pytest.approx(losses[False], rel=1e-2)
+
+
+def test_cosine_equals_torchs_annealing() -> None:
+    recipe = Recipe(epochs=5, rates=((0, 0.1),), cosine=Cosine(epochs=8, floor=1e-3))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8, 1e-3)
+    for epoch in range(5):
+        assert recipe.rate(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_shortened_cosine_keeps_its_shape() -> None:
+    short = shorten(Recipe(epochs=50, rates=((0, 0.1),), cosine=Cosine(epochs=100, floor=1e-3)), 5)
+    assert short.epochs == 5 and short.cosine == Cosine(10, 1e-3)
