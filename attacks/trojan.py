@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from attacks.badnets import stamp
 from reproduce.errors import UserError
+from reproduce.models.taps import classifier, penultimate
 from reproduce.poisoning import Context, Poisoned, poison_with_trigger
 from reproduce.rng import generator
 
@@ -71,19 +72,12 @@ def prepare(config: Config, context: Context) -> dict[str, Tensor]:
 
 def best_connected(model: nn.Module) -> int:
     """The input of the classifier with the largest sum of absolute outgoing weights."""
-    return int(model.get_submodule(model.classifier).weight.detach().abs().sum(0).argmax())
+    return int(classifier(model).weight.detach().abs().sum(0).argmax())
 
 
 def activation(model: nn.Module, images: Tensor, neuron: int) -> Tensor:
     """a_n for images in [0, 1], float (N, 3, H, W) -> (N,): one of the pooled features the classifier receives."""
-    seen: list[Tensor] = []
-    classifier = model.get_submodule(model.classifier)
-    handle = classifier.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    try:
-        model(images)
-    finally:
-        handle.remove()
-    return seen[0][:, neuron]
+    return penultimate(model, images)[1][:, neuron]
 
 
 def invert_neuron(config: Config, context: Context) -> Tensor:

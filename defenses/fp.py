@@ -12,9 +12,11 @@ same place, the input of the classifier, but stops on test accuracy, with a rela
 
 Departures. In a pre-activation ResNet the last convolution adds to a residual stream, so its own filters cannot switch
 a channel off: we prune the channel after the sum, by setting scale and shift of the final BatchNorm to 0, which makes
-the classifier's input exactly 0. ResNet-18 has no BatchNorm there: its channels are cut off by zeros in the
-classifier's weights. Neither this paper's stopping rule nor the settings NAD compared with were readable: tolerance
-and validation share are ours, and the fine-tuning is that of the FT row.
+the classifier's input exactly 0. ResNet-18, PreAct-ResNet18 and VGG-19 have no BatchNorm there: their channels are cut
+off by zeros in the classifier's weights. a_c is always the mean of what the classifier sees: BackdoorBench's
+PreAct-ResNet18 has neither BN nor ReLU there, so that a_c may be negative. Neither this paper's stopping rule nor the
+settings NAD compared with were readable: tolerance and validation share are ours, and the fine-tuning is that of the
+FT row.
 """
 
 from copy import deepcopy
@@ -22,13 +24,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses import ft
 from reproduce.data.augment import to_input
 from reproduce.defending import Clean, Defended, split_validation
-from reproduce.models.taps import features
+from reproduce.models.taps import classifier, penultimate
 from reproduce.training import Observer, Recipe, silent
 
 
@@ -56,8 +57,7 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     ranking, validation = split_validation(clean, config.validation, seed)
     repaired = deepcopy(model).eval()
     order = activations(repaired, ranking.images).mean(0).argsort()
-    curve = pruning_curve(activations(repaired, validation.images), validation.labels, order,
-                          repaired.get_submodule(repaired.classifier))
+    curve = pruning_curve(activations(repaired, validation.images), validation.labels, order, classifier(repaired))
     count = pruned_count(curve, config.tolerance)
     pruned = order[:count]
     prune(repaired, pruned)
@@ -70,16 +70,15 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
 @torch.no_grad()
 def activations(model: nn.Module, images: Tensor) -> Tensor:
     """Mean of every last channel over the pixels: uint8 (N, 3, H, W) -> the classifier's input, (N, C)."""
-    outputs = [features(model, to_input(part), (model.penultimate,))[1][0] for part in images.split(256)]
-    return torch.cat([F.relu(output).mean((2, 3)) for output in outputs])
+    return torch.cat([penultimate(model, to_input(part))[1] for part in images.split(256)])
 
 
 @torch.no_grad()
-def pruning_curve(active: Tensor, labels: Tensor, order: Tensor, classifier: nn.Linear) -> list[float]:
+def pruning_curve(active: Tensor, labels: Tensor, order: Tensor, last: nn.Linear) -> list[float]:
     """Accuracy (percent) with 0, 1, ... C - 1 channels pruned in `order`. active: (N, C); labels: (N,)."""
     kept, curve = active.clone(), []
     for channel in order:
-        curve.append(100 * (classifier(kept).argmax(1) == labels).sum().item() / len(labels))
+        curve.append(100 * (last(kept).argmax(1) == labels).sum().item() / len(labels))
         kept[:, channel] = 0
     return curve
 
@@ -102,4 +101,4 @@ def prune(model: nn.Module, channels: Tensor) -> None:
         last.weight.index_fill_(0, channels, 0.0)
         last.bias.index_fill_(0, channels, 0.0)
     else:
-        model.get_submodule(model.classifier).weight.index_fill_(1, channels, 0.0)
+        classifier(model).weight.index_fill_(1, channels, 0.0)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from defenses import ft
 from reproduce.defending import Clean, Defended
 from reproduce.errors import UserError
-from reproduce.models import ARCHITECTURES, build
+from reproduce.models import ARCHITECTURES, Normalised, build
 from reproduce.models.taps import features
 from reproduce.rng import derive
 from reproduce.training import Loss, LossFunction, Observer, Recipe, silent, train
@@ -127,6 +127,8 @@ def _untrained(model: nn.Module, clean: Clean, name: str | None, seed: int) -> n
         # A derived seed, for `seed` itself may have initialised the victim.
         candidate = build(known, clean.num_classes, derive(seed, "scratch teacher"))
         if name or [p.shape for p in candidate.parameters()] == shapes:
+            if isinstance(candidate, Normalised) and isinstance(model, Normalised):
+                candidate.normalise_as(model)
             return candidate.to(clean.images.device)
     raise UserError("NAD cannot tell the victim's architecture: name one in teacher_model")
 

@@ -26,8 +26,8 @@ from reproduce.training import train
 
 EMBEDDED = "digits"
 BACKWARD_COST = 3.0
-TRAIN_IMAGES = {"digits": 1438, "cifar10": 50_000, "gtsrb": 39_209}
-TEST_IMAGES = {"digits": 359, "cifar10": 10_000, "gtsrb": 12_630}
+TRAIN_IMAGES = {"digits": 1438, "cifar10": 50_000, "cifar100": 50_000, "gtsrb": 39_209, "tiny-imagenet": 100_000}
+TEST_IMAGES = {"digits": 359, "cifar10": 10_000, "cifar100": 10_000, "gtsrb": 12_630, "tiny-imagenet": 10_000}
 
 
 class ImageBench:
@@ -69,7 +69,7 @@ class ImageBench:
             images, labels = poisoned.images, poisoned.labels
             info["poisoned"] = int(poisoned.mask.sum())
         images, labels = images.to(self.at.device), labels.to(self.at.device)
-        model = models.build(victim.model, dataset.num_classes, victim.seed).to(self.at.device)
+        model = models.build(victim.model, dataset.num_classes, victim.seed, victim.dataset).to(self.at.device)
         checkpoint = self.at.store.progress(victim.name)
         resumed = checkpoint.load()
         if resumed:
@@ -95,7 +95,7 @@ class ImageBench:
             raise UserError(f"{path} is missing: put {victim.published.source} there")
         if hashlib.sha256(path.read_bytes()).hexdigest() != victim.published.sha256:
             raise UserError(f"{path} is not {victim.published.source}: its SHA-256 differs")
-        model = load_checkpoint(path, victim.model, dataset.num_classes).to(self.at.device)
+        model = load_checkpoint(path, victim.model, dataset.num_classes, victim.dataset).to(self.at.device)
         state = self._prepare(victim, dataset)
         return self._outcome(victim, model, test_set(dataset, victim, state), [], {"source": victim.published.source},
                            started, {"trigger": state} if state else {})
@@ -139,7 +139,7 @@ class ImageBench:
         if victim.name not in self._victims:
             run = self.at.run(victim)
             dataset = data.load(victim.dataset, self.at.root)
-            model = models.build(victim.model, dataset.num_classes, victim.seed)
+            model = models.build(victim.model, dataset.num_classes, victim.seed, victim.dataset)
             model.load_state_dict(run.tensors("model"))
             state = run.tensors("trigger") if (run.path / "trigger.safetensors").exists() else {}
             if len(self._victims) > 1:
@@ -214,4 +214,7 @@ def triggered_test_set(images: Tensor, labels: Tensor, num_classes: int, attack:
         return TestSet(images, labels, empty, images[:0], empty)
     index = triggered_candidates(labels, settings)
     triggered = attack_module(attack).apply(take(images, index), settings, state, seed, "test")
+    if triggered.shape[1:] != images.shape[1:]:
+        raise UserError(f"the trigger of attack {attack} is for images of {tuple(triggered.shape[1:])}, these are "
+                        f"{tuple(images.shape[1:])}: make one for them")
     return TestSet(images, labels, index, triggered, triggered_labels(labels[index], settings, num_classes))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from reproduce import data, models
 from reproduce.cells import NONE
@@ -32,7 +32,8 @@ TARGET_ALONE = "--target without --attack tests nothing; name the attack"
 
 @dataclass(frozen=True)
 class Suspect:
-    """A checkpoint and how to test it. attack None: clean accuracy only; clean_model: a clean checkpoint of the same
+    """A checkpoint and how to test it. attack None: clean accuracy only; normalize: what its images were normalised
+    with, None for what goes with the architecture and the data set; clean_model: a clean checkpoint of the same
     architecture, for attacks and teachers that need one; trigger: the attack's state as a victim's run folder holds it,
     None to prepare it from the seed."""
 
@@ -44,7 +45,7 @@ class Suspect:
     paper: str = "nad"
     variant: str = "released"
     target: int | None = None
-    normalize: str = "none"
+    normalize: str | None = None
     clean_model: Path | None = None
     trigger: Path | None = None
     seed: int = 0
@@ -126,8 +127,8 @@ def _networks(suspect: Suspect, loaded: Dataset) -> tuple[nn.Module, nn.Module |
     torch.set_num_threads(1)  # a second thread beside any busy process costs more than it brings
 
     def load(path: Path) -> nn.Module:
-        network = load_checkpoint(path, suspect.model, loaded.num_classes)
-        if suspect.normalize != "none":
+        network = load_checkpoint(path, suspect.model, loaded.num_classes, loaded.name)
+        if suspect.normalize is not None:
             models.normalise_inputs(network, suspect.normalize)
         return network.to(place)
 
@@ -150,20 +151,26 @@ def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) 
         raise UserError(f"attack {suspect.attack} {suspect.variant} builds its trigger on a clean model: name one with "
                         "--clean-model")
     if suspect.trigger:
-        state = _trigger(suspect.trigger)
-    elif hasattr(module, "implant"):
+        return _with_trigger(suspect.trigger, loaded, suspect.attack, settings, suspect.seed)
+    if hasattr(module, "implant"):
         raise UserError(f"attack {suspect.attack} makes its trigger together with the victim: name the victim's with "
                         "--trigger (trigger.safetensors in its run folder)")
-    else:
-        state = prepare(suspect.attack, settings, loaded, suspect.seed, suspect.root, clean_model)
+    state = prepare(suspect.attack, settings, loaded, suspect.seed, suspect.root, clean_model)
     return triggered_test_set(images, labels, classes, suspect.attack, settings, state, suspect.seed)
 
 
-def _trigger(path: Path) -> dict[str, Tensor]:
+def _with_trigger(path: Path, loaded: Dataset, attack: str, settings: Any, seed: int) -> TestSet:
+    """The test images and their copies with the trigger of `path`, which may be another attack's or another size's."""
     try:
-        return load_file(path)
+        state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--trigger {path} is not a readable .safetensors file ({error})") from error
+    images = loaded.test_images
+    try:
+        return triggered_test_set(images, loaded.test_labels, loaded.num_classes, attack, settings, state, seed)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise UserError(f"--trigger {path} is no trigger of attack {attack} for images of {tuple(images.shape[1:])} "
+                        f"({error}): name the one in the victim's run folder") from error
 
 
 def _defense_settings(repair: Repair, module: ModuleType, suspect: Suspect) -> Any:
@@ -192,7 +199,7 @@ def _defense_settings(repair: Repair, module: ModuleType, suspect: Suspect) -> A
 def _clean_images(suspect: Suspect, repair: Repair, loaded: Dataset, place: torch.device) -> Clean:
     """What the defense may see, on the device."""
     if repair.images:
-        clean = load_folder(repair.images, loaded.num_classes)
+        clean = load_folder(repair.images, loaded.num_classes, loaded.train_images.shape[-1])
     else:
         fraction = CLEAN_FRACTION if repair.clean_fraction is None else repair.clean_fraction
         clean = clean_subset(loaded.train_images, loaded.train_labels, fraction, suspect.seed, loaded.num_classes)

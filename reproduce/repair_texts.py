@@ -74,7 +74,7 @@ def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
 
 
 def _suspect(suspect: Suspect) -> tuple[TextDataset, TextClassifier, TextTestSet]:
-    for option, given in (("--normalize", suspect.normalize != "none"), ("--clean-model", suspect.clean_model),
+    for option, given in (("--normalize", suspect.normalize is not None), ("--clean-model", suspect.clean_model),
                           ("--trigger", suspect.trigger)):
         if given:
             raise UserError(f"{option} is for images, {suspect.dataset} holds texts: leave it out")

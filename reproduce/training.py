@@ -1,12 +1,13 @@
 """The one training loop, used for victims, teachers, fine-tuning and every other gradient descent on images.
 
-Order and augmentation of epoch e depend on (seed, phase, e) only, so an interrupted training resumes at an epoch
+Order, augmentation and dropout of epoch e depend on (seed, phase, e) only, so an interrupted training resumes at an epoch
 from the model and the optimisers' state alone and ends bit for bit where the undisturbed one ends (on a CPU).
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reproduce.data.augment import Augment, apply, draw, take, to_input
-from reproduce.rng import generator
+from reproduce.rng import derive, generator
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
     step = _Step(model, descending, loss, recipe, images, labels, project)
     for epoch in range(len(history), recipe.epochs):
         step.set_rate(recipe.rate(epoch))
-        numbers = _epoch(step, recipe, seed, phase, epoch, extra)
+        with own_dropout(model, images.device, derive(seed, "dropout", phase, epoch)):
+            numbers = _epoch(step, recipe, seed, phase, epoch, extra)
         history.append({"epoch": epoch + 1, "rate": recipe.rate(epoch), **numbers})
         if checkpoint:
             checkpoint.save(epoch + 1, flat_state(model, descending), history)
@@ -160,6 +162,17 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
         observe(phase, epoch + 1, recipe.epochs, model, history[-1])
     model.eval()
     return history
+
+
+@contextmanager
+def own_dropout(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+    """Masks of this seed, for dropout draws from the global generators; a model without dropout draws nothing."""
+    if not any(isinstance(module, nn.Dropout) for module in model.modules()):
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _epoch(step: "_Step", recipe: Recipe, seed: int, phase: str, epoch: int,

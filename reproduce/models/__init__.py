@@ -3,9 +3,12 @@
 An architecture is a module (N, 3, H, W) in [0, 1] -> (N, num_classes) whose class names its parts:
 
     taps         the layers whose attention is looked at, from input to output
-    penultimate  the layer whose ReLU, averaged over the pixels, is the classifier's input
-    classifier   the linear layer at the end
+    penultimate  the layer that gives the classifier its inputs, a channel each: through a ReLU or none, averaged over
+                 the pixels if it has any (what comes of it: `taps.penultimate`)
     aliases      optional: (theirs, ours) parts of parameter names, for checkpoints that spell them otherwise
+
+The classifier is the last linear layer (`taps.classifier`). Where those who train an architecture normalise its images
+first, as BackdoorBench does, it does that itself (`normalised.Normalised`), as its data set has it.
 """
 
 import inspect
@@ -15,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from reproduce.errors import UserError
+from reproduce.models.normalised import IDENTITY, NORMALISATIONS, Normalisation, Normalised
+from reproduce.models.preact_resnet import PreActResNet18
 from reproduce.models.resnet import ResNet18
+from reproduce.models.vgg import VGG19BN
 from reproduce.models.wide_resnet import WideResNet
 from reproduce.rng import derive
 
@@ -23,22 +29,35 @@ from reproduce.rng import derive
 ARCHITECTURES: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
     f"wrn-{depth}-{width}": (WideResNet, (depth, width))
     for depth, width in ((10, 1), (16, 1), (10, 2), (16, 2), (40, 1), (40, 2))
-} | {"resnet-18": (ResNet18, ())}
+} | {
+    "resnet-18": (ResNet18, ()),
+    "preact-resnet-18": (PreActResNet18, (64,)),
+    "preact-resnet-18-w16": (PreActResNet18, (16,)),
+    "preact-resnet-18-w8": (PreActResNet18, (8,)),
+    "vgg-19-bn": (VGG19BN, ()),
+}
 
-# (mean, standard deviation) per channel that public training scripts subtract and divide by.
-NORMALISATIONS = {
+# What a checkpoint's images may have been normalised with, for users to name: "cifar10" as most public training scripts
+# do it. BackdoorBench's values differ and belong to its architectures.
+CHECKPOINT_NORMALISATIONS: dict[str, Normalisation] = {
+    "none": IDENTITY,
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
 }
 
 
-def build(name: str, num_classes: int, seed: int) -> nn.Module:
-    """A freshly initialised model, channels-last, in train mode; fixed by (name, num_classes, seed)."""
+def build(name: str, num_classes: int, seed: int, dataset: str | None = None) -> nn.Module:
+    """A freshly initialised model, channels-last, in train mode; its weights are fixed by (name, num_classes, seed).
+
+    dataset: whose images an architecture that normalises will see; others do not ask.
+    """
     if name not in ARCHITECTURES:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(ARCHITECTURES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "initialisation", name, num_classes))
         architecture, arguments = ARCHITECTURES[name]
         model = architecture(*arguments, num_classes)
+    if isinstance(model, Normalised):
+        model.set_normalisation(NORMALISATIONS.get(dataset, IDENTITY))
     return model.to(memory_format=torch.channels_last)
 
 
@@ -53,8 +72,13 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def normalise_inputs(model: nn.Module, name: str) -> nn.Module:
-    """Make `model` take images in [0, 1] although it was trained on normalised ones. Its weights keep their names."""
-    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in NORMALISATIONS[name])
+    """Make `model` take images in [0, 1] although it was trained on images normalised by the values `name`. Its weights
+    keep their names."""
+    normalisation = CHECKPOINT_NORMALISATIONS[name]
+    if isinstance(model, Normalised):
+        model.set_normalisation(normalisation)
+        return model
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in normalisation)
 
     def normalise(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return ((inputs[0] - mean.to(inputs[0].device)) / deviation.to(inputs[0].device),)

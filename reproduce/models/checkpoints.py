@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,16 +16,19 @@ from reproduce.models import build
 
 # Keys under which public training scripts store the weights beside other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-# Numpy scalars (a stored accuracy, say) are data, not code.
-_NUMPY = [np._core.multiarray.scalar, np.dtype, *{type(np.dtype(t)) for t in (np.float64, np.float32, np.int64)}]
+# What may lie beside the weights and is data, not code: numbers and arrays of numpy (a stored accuracy, the poisoned
+# indices in BackdoorBench's attack_result.pt), as numpy 1 and numpy 2 name them, and pictures (its poisoned images).
+_NUMPY = [np._core.multiarray.scalar, np._core.multiarray._reconstruct]
+_DATA = [*_NUMPY, *((function, f"numpy.core.multiarray.{function.__name__}") for function in _NUMPY),
+         np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bBiqfd"}, Image.Image]
 
 
-def load_checkpoint(path: Path, model: str, num_classes: int) -> nn.Module:
+def load_checkpoint(path: Path, model: str, num_classes: int, dataset: str | None = None) -> nn.Module:
     """The architecture `model` with the weights of `path`, in eval mode. Raises UserError saying what does not fit.
 
     Files are read with `weights_only=True`: one that would execute code is refused.
     """
-    network = build(model, num_classes, seed=0)
+    network = build(model, num_classes, 0, dataset)
     weights = {_our_name(name, network): value for name, value in _weights(path).items()}
     expected = network.state_dict()
     # Checkpoints from before torch 0.4.1 lack this counter; nothing depends on it.
@@ -58,7 +62,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(_NUMPY):
+        with torch.serialization.safe_globals(_DATA):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it holds more than weights and could execute code when loaded; save its "

@@ -42,7 +42,7 @@ class ResNet18(nn.Module):
     """(N, 3, 32, 32) in [0, 1] -> (N, num_classes). With 10 classes it has 11,173,962 parameters."""
 
     taps = ("layer1", "layer2", "layer3", "layer4")
-    penultimate, classifier = "layer4", "linear"
+    penultimate = "layer4"
     aliases = (("downsample.", "shortcut."), ("fc.", "linear."))
 
     def __init__(self, num_classes: int) -> None:

@@ -39,13 +39,18 @@ def penultimate(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
     In a WideResNet that is the final BN-ReLU, averaged over the image. Raises KeyError for a model without one.
     """
-    classifiers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not classifiers:
-        raise KeyError(f"{type(model).__name__} has no linear layer")
     seen: list[Tensor] = []
-    handle = classifiers[-1].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    handle = classifier(model).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     try:
         logits = model(images)
     finally:
         handle.remove()
     return logits, seen[0]
+
+
+def classifier(model: nn.Module) -> nn.Linear:
+    """The last linear layer. Raises KeyError for a model without one."""
+    found = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not found:
+        raise KeyError(f"{type(model).__name__} has no linear layer")
+    return found[-1]

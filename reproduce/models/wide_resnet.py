@@ -50,7 +50,7 @@ class WideResNet(nn.Module):
     """(N, 3, 32, 32) in [0, 1] -> (N, num_classes). WRN-16-1 with 10 classes has 175,066 parameters."""
 
     taps = ("block1", "block2", "block3")
-    penultimate, classifier = "bn1", "fc"
+    penultimate = "bn1"
 
     def __init__(self, depth: int, width: int, num_classes: int) -> None:
         super().__init__()
