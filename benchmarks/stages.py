@@ -228,6 +228,13 @@ def victim_training(bench: Bench) -> Iterator[Stage]:
                 {"fp32": (1.25, 1.5), "bf16": (1.85, 2.3)})
 
 
+def preact_training(bench: Bench) -> Iterator[Stage]:
+    """The same with BackdoorBench's PreAct-ResNet18 at a quarter of its width, which NAD's authors do not have."""
+    narrow = build("preact-resnet-18-w16", CLASSES, SEED, "cifar10")
+    for stage in victim_training(replace(bench, checkout=None, model=narrow)):
+        yield replace(stage, name="PreAct training", goals={})
+
+
 def erasing_step(bench: Bench) -> Iterator[Stage]:
     """One epoch of NAD's distillation on augmented clean images, batch 64."""
     samples = bench.samples(bench.sizes.train, "train")
@@ -342,6 +349,6 @@ def plain_test_sets(samples: list[Sample]) -> list[object]:
 
 
 STAGES: dict[str, Callable[[Bench], Iterator[Stage]]] = {
-    "poison": poisoning, "augment": augmentation, "train": victim_training, "step": erasing_step,
-    "evaluate": evaluation, "run": whole_run,
+    "poison": poisoning, "augment": augmentation, "train": victim_training, "train-preact": preact_training,
+    "step": erasing_step, "evaluate": evaluation, "run": whole_run,
 }

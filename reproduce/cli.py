@@ -259,8 +259,9 @@ SUSPECT = options(
     click.option("--paper", default="nad", show_default=True, help="Whose settings of the attack and the defense."),
     click.option("--variant", default="released", show_default=True, help="described or released settings."),
     click.option("--target", type=int, help="Target label; default: the settings'."),
-    click.option("--normalize", type=click.Choice(list(models.CHECKPOINT_NORMALISATIONS)), help="Input normalisation the "
-                 "checkpoint was trained with; default: BackdoorBench's for preact-resnet-* and vgg-*, else none."),
+    click.option("--normalize", type=click.Choice(list(models.CHECKPOINT_NORMALISATIONS)),
+                 help="Input normalisation the checkpoint was trained with; default: BackdoorBench's for its "
+                 "architectures, preact-resnet-* and vgg-*, none for the others."),
     click.option("--clean-model", type=click.Path(path_type=Path), help="A clean checkpoint of the same architecture, "
                  "for attacks and teachers that need one."),
     click.option("--trigger", type=click.Path(path_type=Path), help="The attack's trigger.safetensors out of the "

@@ -1,7 +1,7 @@
 """The one training loop, used for victims, teachers, fine-tuning and every other gradient descent on images.
 
-Order, augmentation and dropout of epoch e depend on (seed, phase, e) only, so an interrupted training resumes at an epoch
-from the model and the optimisers' state alone and ends bit for bit where the undisturbed one ends (on a CPU).
+Order, augmentation and dropout of epoch e depend on (seed, phase, e) only, so an interrupted training resumes at an
+epoch from the model and the optimisers' state alone and ends bit for bit where the undisturbed one ends (on a CPU).
 """
 
 import math

@@ -1,8 +1,8 @@
 """Data sets in memory, by name: images as uint8 tensors, texts as strings (`reproduce.data.texts`).
 
-cifar10 and gtsrb come from a data root (`--data-root`, or the variable BACKDOOR_DATA, or ./data) in torchvision's
-layouts, and are downloaded there by torchvision where a network exists; digits is embedded in scikit-learn, sentences
-is generated.
+cifar10, cifar100, gtsrb and tiny-imagenet come from a data root (`--data-root`, or the variable BACKDOOR_DATA, or
+./data) in their usual layouts, and are downloaded there where a network exists; digits is embedded in scikit-learn,
+sentences is generated.
 """
 
 import os
@@ -21,7 +21,8 @@ IMAGE, TEXT = "image", "text"
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images uint8 (N, 3, 32, 32), channels-last in memory; labels int64 (N,) in [0, num_classes)."""
+    """Images uint8 (N, 3, S, S), channels-last in memory, S = 32 except for tiny-imagenet's 64; labels int64 (N,) in
+    [0, num_classes)."""
 
     name: str
     train_images: Tensor
@@ -35,7 +36,7 @@ class Dataset:
         return len(self.classes)
 
 
-IMAGE_CLASSES = {"digits": 10, "cifar10": 10, "gtsrb": 43}
+IMAGE_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "gtsrb": 43, "tiny-imagenet": 200}
 NUM_CLASSES = IMAGE_CLASSES | {"sentences": len(sentences.CLASSES)} | {
     name: len(source.classes) for name, source in SOURCES.items()}
 
@@ -70,9 +71,12 @@ def load(name: str, root: Path) -> Dataset:
     if name == "digits":
         from reproduce.data.digits import load_digits
         return load_digits()
-    if name == "cifar10":
-        from reproduce.data.cifar import load_cifar10
-        return load_cifar10(root)
+    if name in ("cifar10", "cifar100"):
+        from reproduce.data.cifar import load_cifar
+        return load_cifar(name, root)
+    if name == "tiny-imagenet":
+        from reproduce.data.tiny_imagenet import load_tiny_imagenet
+        return load_tiny_imagenet(root)
     from reproduce.data.gtsrb import load_gtsrb
     return load_gtsrb(root)
 

@@ -19,8 +19,9 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 # What may lie beside the weights and is data, not code: numbers and arrays of numpy (a stored accuracy, the poisoned
 # indices in BackdoorBench's attack_result.pt), as numpy 1 and numpy 2 name them, and pictures (its poisoned images).
 _NUMPY = [np._core.multiarray.scalar, np._core.multiarray._reconstruct]
+_KINDS = (np.bool_, np.uint8, np.int32, np.int64, np.float32, np.float64)
 _DATA = [*_NUMPY, *((function, f"numpy.core.multiarray.{function.__name__}") for function in _NUMPY),
-         np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bBiqfd"}, Image.Image]
+         np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in _KINDS), Image.Image]
 
 
 def load_checkpoint(path: Path, model: str, num_classes: int, dataset: str | None = None) -> nn.Module:

@@ -1,16 +1,21 @@
 """Data sets, augmentation, and what a user with a wrong file reads."""
 
+import dataclasses
 import hashlib
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import functional as tv
 
 from reproduce import data
+from reproduce.data import tiny_imagenet
 from reproduce.data.augment import Augment, apply, draw, take, to_input
 from reproduce.data.folder import load_folder
 from reproduce.errors import UserError
@@ -71,7 +76,7 @@ def test_digits_are_embedded_and_fixed() -> None:
 
 
 def test_unknown_data_set_lists_the_known(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="choose one of digits, cifar10, gtsrb"):
+    with pytest.raises(UserError, match="choose one of digits, cifar10, cifar100, gtsrb, tiny-imagenet"):
         data.load("mnist", tmp_path)
 
 
@@ -83,26 +88,50 @@ def test_data_root_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.data_root() == Path("data")
 
 
-def test_a_missing_and_a_damaged_cifar_file_are_named(tmp_path: Path) -> None:
-    folder = tmp_path / CIFAR10.base_folder
+@pytest.mark.parametrize(("name", "source", "first"), [("cifar10", CIFAR10, "data_batch_1"),
+                                                       ("cifar100", CIFAR100, "train")])
+def test_a_missing_and_a_damaged_cifar_file_are_named(tmp_path: Path, name: str, source: type, first: str) -> None:
+    folder = tmp_path / source.base_folder
     folder.mkdir()
-    with pytest.raises(UserError, match="data_batch_1 is missing"):
-        data.load("cifar10", tmp_path)
-    (folder / "data_batch_1").write_bytes(b"truncated")
-    with pytest.raises(UserError, match=r"data_batch_1 is damaged.*replace it"):
-        data.load("cifar10", tmp_path)
+    with pytest.raises(UserError, match=rf"{first} is missing: put .*{source.base_folder}"):
+        data.load(name, tmp_path)
+    (folder / first).write_bytes(b"truncated")
+    with pytest.raises(UserError, match=rf"{first} is damaged.*replace it"):
+        data.load(name, tmp_path)
 
 
-def test_absent_cifar_says_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "folder"), [("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")])
+def test_absent_cifar_says_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+                                           folder: str) -> None:
     def no_network(*_arguments: object, **_options: object) -> None:
         raise OSError("no route to host")
     monkeypatch.setattr("reproduce.data.cifar.CIFAR10.download", no_network)
-    with pytest.raises(UserError, match=r"could not be downloaded.*cifar-10-batches-py"):
-        data.load("cifar10", tmp_path)
+    with pytest.raises(UserError, match=rf"could not be downloaded.*{folder}"):
+        data.load(name, tmp_path)
+
+
+def test_cifar100_has_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file as the official ones are, one row of 3,072 bytes per image: all red, then all green, then all blue."""
+    folder = tmp_path / CIFAR100.base_folder
+    folder.mkdir()
+    rows = np.arange(3, dtype=np.uint8).repeat(1024)[None].repeat(2, 0)
+    names = {"fine_label_names": ["apple", "bear", "cat"], "coarse_label_names": ["food", "animal"]}
+    for file, content in (("train", {"data": rows, "fine_labels": [2, 0], "coarse_labels": [1, 0]}),
+                          ("test", {"data": rows[:1], "fine_labels": [1], "coarse_labels": [1]}), ("meta", names)):
+        (folder / file).write_bytes(pickle.dumps(content))
+    digest = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", digest["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", digest["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": digest["meta"]})
+    found = data.load("cifar100", tmp_path)
+    assert found.name == "cifar100" and found.classes == ("apple", "bear", "cat")
+    assert found.train_labels.tolist() == [2, 0] and found.test_labels.tolist() == [1]
+    assert found.train_images.shape == (2, 3, 32, 32) and found.train_images[0, :, 5, 7].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"PK\x03\x04cut", "damaged"), ({"train_images": 3}, "damaged"),
-                                               ("grey", "expected")])
+                                               ("grey", "expected"), (43, "no whole numbers from 0 to 42"),
+                                               (1.0, "no whole numbers")])
 def test_a_wrong_gtsrb_cache_is_named(tmp_path: Path, content: object, said: str) -> None:
     path = tmp_path / "gtsrb-32.npz"
     if isinstance(content, bytes):
@@ -110,10 +139,103 @@ def test_a_wrong_gtsrb_cache_is_named(tmp_path: Path, content: object, said: str
     elif isinstance(content, dict):
         np.savez(path, train_images=np.zeros(3))
     else:
-        grey = {f"{s}_images": np.zeros((2, 32, 32), np.uint8) for s in ("train", "test")}
-        np.savez(path, **grey, train_labels=np.zeros(2), test_labels=np.zeros(2))
+        shape = (2, 32, 32) if content == "grey" else (2, 32, 32, 3)
+        images = {f"{s}_images": np.zeros(shape, np.uint8) for s in ("train", "test")}
+        labels = np.zeros(2, np.int64) if content == "grey" else np.array([0, content])
+        np.savez(path, **images, train_labels=np.zeros(2, np.int64), test_labels=labels)
     with pytest.raises(UserError, match=said):
         data.load("gtsrb", tmp_path)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Tiny-ImageNet of two classes in its released layout, unsorted; every picture of one colour, one grey."""
+    archive = dataclasses.replace(tiny_imagenet.ARCHIVE, classes=("0", "1"), counts={"train": 4, "test": 2})
+    monkeypatch.setattr(tiny_imagenet, "ARCHIVE", archive)
+    folder = tmp_path / "tiny-imagenet-200"
+    for name, red in (("n02", 200), ("n01", 100)):
+        (folder / "train" / name / "images").mkdir(parents=True)
+        for i in range(2):
+            paint(folder / "train" / name / "images" / f"{name}_{i}.JPEG", red + 20 * i)
+    (folder / "val" / "images").mkdir(parents=True)
+    paint(folder / "val" / "images" / "val_0.JPEG", 40)
+    Image.new("L", (64, 64), 80).save(folder / "val" / "images" / "val_1.JPEG")
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n")
+    return folder
+
+
+def paint(path: Path, red: int, side: int = 64) -> None:
+    Image.new("RGB", (side, side), (red, 0, 0)).save(path, quality=95)
+
+
+def check_tiny(root: Path) -> None:
+    data.load.cache_clear()
+    found = data.load("tiny-imagenet", root)
+    assert found.train_images.shape == (4, 3, 64, 64) and found.test_images.shape == (2, 3, 64, 64)
+    assert found.train_images.is_contiguous(memory_format=torch.channels_last)
+    assert found.train_labels.tolist() == [0, 0, 1, 1] and found.test_labels.tolist() == [0, 1]
+    # JPEG is lossy.
+    red = [[100, 120, 200, 220], [80, 40]]
+    for images, expected in zip((found.train_images, found.test_images), red, strict=True):
+        assert images[:, 0, 9, 9].tolist() == pytest.approx(expected, abs=3)
+    assert found.test_images[0, :, 9, 9].tolist() == pytest.approx([80] * 3, abs=3)
+
+
+def test_tiny_imagenet_is_read_once(tiny: Path) -> None:
+    check_tiny(tiny.parent)
+    shutil.rmtree(tiny)
+    check_tiny(tiny.parent)
+
+
+def test_tiny_imagenet_as_backdoorbench_leaves_it(tiny: Path) -> None:
+    for name, file in (("n02", "val_0.JPEG"), ("n01", "val_1.JPEG")):
+        (tiny / "val" / name).mkdir()
+        (tiny / "val" / "images" / file).rename(tiny / "val" / name / file)
+    (tiny / "val" / "images").rmdir()
+    (tiny / "val" / "val_annotations.txt").unlink()
+    check_tiny(tiny.parent)
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda folder: shutil.rmtree(folder / "train" / "n01"), "has 1 class folders"),
+    (lambda folder: (folder / "train" / "n01" / "images" / "n01_0.JPEG").unlink(), "has 3 train images, expected 4"),
+    (lambda folder: (folder / "val" / "val_annotations.txt").unlink(), "has 0 test images, expected 2"),
+    (lambda folder: (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\n\n"), "line 2 of"),
+    (lambda folder: (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn77\n"), "one of the 2 classes"),
+    (lambda folder: (folder / "val" / "images" / "val_1.JPEG").unlink(), "val_1.JPEG is missing or no readable"),
+    (lambda folder: (folder / "val" / "images" / "val_1.JPEG").write_bytes(b"\xff\xd8cut"), "no readable image"),
+    (lambda folder: paint(folder / "train" / "n02" / "images" / "n02_1.JPEG", 9, side=32), "is 32 x 32 pixels"),
+])
+def test_a_fault_of_tiny_imagenet_is_named(tiny: Path, damage: Callable[[Path], object], said: str) -> None:
+    damage(tiny)
+    with pytest.raises(UserError, match=said) as caught:
+        data.load("tiny-imagenet", tiny.parent)
+    assert "\n" not in str(caught.value)
+    assert not (tiny.parent / "tiny-imagenet-64.npz").exists()
+
+
+def test_a_wrong_tiny_imagenet_cache_is_named(tmp_path: Path) -> None:
+    images, labels = np.zeros((2, 64, 64, 3), np.uint8), np.zeros(2, np.int64)
+    np.savez(tmp_path / "tiny-imagenet-64.npz", train_images=images, train_labels=labels, test_images=images,
+             test_labels=labels)
+    with pytest.raises(UserError, match="holds 2 train images, expected 100000"):
+        data.load("tiny-imagenet", tmp_path)
+
+
+def test_absent_tiny_imagenet_says_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_arguments: object, **_options: object) -> None:
+        raise OSError("no route to host")
+    monkeypatch.setattr(tiny_imagenet, "download_and_extract_archive", no_network)
+    with pytest.raises(UserError, match=r"could not be downloaded \(no route to host\): unpack tiny-imagenet-200.zip"):
+        data.load("tiny-imagenet", tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object, **_arrays: object) -> None:
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match=r"tiny-imagenet-64.npz cannot be written \(No space left"):
+        data.load("tiny-imagenet", tiny.parent)
 
 
 def test_own_images_in_class_folders(tmp_path: Path) -> None:

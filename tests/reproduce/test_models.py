@@ -1,17 +1,29 @@
-"""WideResNet and ResNet-18 against the authors' networks, taps, and loading of other people's checkpoints."""
+"""The architectures against their authors' networks, taps, and loading of other people's checkpoints."""
 
+import io
 import pickle
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from PIL import Image
 from safetensors.torch import save_file
+from torch.func import functional_call
+from torchvision.transforms import Normalize
 
+from defenses import fp, nad
+from reproduce.data.augment import to_input
+from reproduce.defending import Clean
 from reproduce.errors import UserError
 from reproduce.models import build, normalise_inputs, parameter_count, source
 from reproduce.models.checkpoints import load_checkpoint
-from reproduce.models.taps import features, penultimate
+from reproduce.models.taps import classifier, features, penultimate
 
 
 def fill(state: dict[str, torch.Tensor], amplitude: float = 0.05) -> None:
@@ -58,15 +70,153 @@ def test_resnet_forward_is_the_official_one() -> None:
     assert out[0, 1:4].tolist() == pytest.approx([0.011492983, 0.019322537, 0.025376718], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "resnet-18"])
+# Mean squares of the outputs of layer1 to layer4 and the first logits of both images, from models/preact_resnet.py in
+# SCLBD/BackdoorBench@f02e353 on these weights (amplitude 0.02) and images, the second one dimmed.
+PREACT = {
+    32: ([0.0008229489, 0.0517785, 3.932743, 424.7521],
+         [[-0.1725506, -0.1177402, -0.062543, -0.0109133], [-0.1537865, -0.1022965, -0.051447, -0.0049011]]),
+    64: ([0.001488602, 0.03784899, 5.372908, 831.4965],
+         [[-0.1909225, -0.1284509, -0.0648832, -0.0047264], [-0.1201577, -0.0751757, -0.0326353, 0.0043516]]),
+}
+
+
+@pytest.mark.parametrize("side", PREACT)
+def test_preact_forward_is_the_official_one(side: int) -> None:
+    squares, logits = PREACT[side]
+    model = build("preact-resnet-18", 10, seed=0).eval()
+    fill(model.state_dict(), 0.02)
+    images = (torch.sin(torch.arange(2 * 3 * side * side, dtype=torch.float64) * 0.37) * 0.5 + 0.5)
+    images = images.view(2, 3, side, side).float() * torch.tensor([1, 0.25]).view(2, 1, 1, 1)
+    with torch.no_grad():
+        out, maps = features(model, images, model.taps)
+    assert [m.double().square().mean().item() for m in maps] == pytest.approx(squares, rel=1e-4)
+    torch.testing.assert_close(out[:, :4], torch.tensor(logits), atol=1e-5, rtol=0)
+
+
+def test_preact_is_registered_and_run_as_the_official_one() -> None:
+    """20 convolutions, 3 of them shortcuts; in a block the shortcut is registered last and runs first."""
+    model = build("preact-resnet-18", 10, seed=0).eval()
+    assert parameter_count(model) == 11_171_146
+    layers = [name for name, module in model.named_modules() if not list(module.children())]
+    assert layers[:6] == ["conv1", *(f"layer1.0.{part}" for part in ("bn1", "conv1", "bn2", "conv2")), "layer1.1.bn1"]
+    assert layers[9:14] == [f"layer2.0.{part}" for part in ("bn1", "conv1", "bn2", "conv2", "shortcut.0")]
+    convolutions = [name for name in layers if isinstance(model.get_submodule(name), torch.nn.Conv2d)]
+    assert len(convolutions) == 20 and layers[-1] == "linear" and len(layers) == 37
+    seen: list[str] = []
+    for name in convolutions:
+        model.get_submodule(name).register_forward_hook(lambda _m, _i, _o, name=name: seen.append(name))
+    model(torch.rand(1, 3, 32, 32))
+    assert seen[5:8] == ["layer2.0.shortcut.0", "layer2.0.conv1", "layer2.0.conv2"] and sorted(seen) == sorted(
+        convolutions)
+
+
+def test_a_convolutions_output_is_left_alone() -> None:
+    """What a hook keeps of a convolution is its output, not the residual sum, which is not made in its place."""
+    model = build("preact-resnet-18-w8", 10, seed=0).eval()
+    _logits, (conv, block) = features(model, torch.rand(2, 3, 32, 32), ("layer1.0.conv2", "layer1.0"))
+    assert not torch.equal(conv, block)
+
+
+@pytest.mark.parametrize(("name", "width"), [("preact-resnet-18-w16", 16), ("preact-resnet-18-w8", 8)])
+def test_narrow_preacts_keep_the_names(name: str, width: int) -> None:
+    narrow, full = build(name, 10, seed=0).state_dict(), build("preact-resnet-18", 10, seed=0).state_dict()
+    assert list(narrow) == list(full)
+    for key, value in narrow.items():
+        assert [n if n in (1, 3, 10) else n * 64 // width for n in value.shape] == list(full[key].shape)
+
+
+@pytest.fixture(scope="module")
+def vgg() -> torch.nn.Module:
+    return build("vgg-19-bn", 10, seed=0, dataset="cifar10").eval()
+
+
+def test_vgg_is_torchvisions_on_normalised_images(vgg: torch.nn.Module) -> None:
+    with torch.device("meta"):
+        theirs = torchvision.models.vgg19_bn(num_classes=10).eval()
+    assert list(vgg.state_dict()) == list(theirs.state_dict()) and parameter_count(vgg) == 139_622_218
+    theirs.load_state_dict(vgg.state_dict(), assign=True)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        logits, maps = features(vgg, images, vgg.taps)
+        expected = theirs(Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))(images))
+    torch.testing.assert_close(logits, expected)
+    assert [tuple(m.shape[1:]) for m in maps] == [(128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)]
+    named, (output,) = features(vgg, images, (vgg.penultimate,))
+    torch.testing.assert_close(classifier(vgg)(output.relu()), named)
+
+
+def test_channels_of_a_vgg_are_cut_off_at_the_classifier(vgg: torch.nn.Module) -> None:
+    images, channels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), torch.tensor([3, 4000])
+    pruned = deepcopy(vgg)
+    active = fp.activations(pruned, images)
+    active[:, channels] = 0
+    fp.prune(pruned, channels)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(to_input(images)), classifier(vgg)(active))
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "gtsrb", "tiny-imagenet", "digits", None])
+def test_preact_normalises_as_its_data_set_has_it(dataset: str | None) -> None:
+    """Values of get_dataset_normalization in SCLBD/BackdoorBench@f02e353; the identity where it has none."""
+    mean, deviation = {
+        "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+        "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    }.get(dataset, ((0, 0, 0), (1, 1, 1)))
+    plain = build("preact-resnet-18-w8", 10, seed=0).eval()
+    model = build("preact-resnet-18-w8", 10, seed=0, dataset=dataset).eval()
+    images = torch.rand(2, 3, 32, 32)
+    expected = Normalize(mean, deviation)(images)
+    torch.testing.assert_close(model.normalise(images), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), plain(expected))
+
+
+def test_a_normalisation_is_no_weight_and_stays_with_the_model() -> None:
+    plain = build("preact-resnet-18-w8", 10, seed=0).eval()
+    model = build("preact-resnet-18-w8", 10, seed=0, dataset="cifar10").eval()
+    images = torch.rand(2, 3, 32, 32)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    before = model(images)
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model(images), before) and not torch.equal(plain(images), before)
+    assert torch.equal(deepcopy(model)(images), before)
+    assert torch.equal(functional_call(model, dict(plain.named_parameters()), (images,)), before)
+    assert not hasattr(build("wrn-10-1", 10, 0, "cifar10"), "normalise")
+
+
+def test_a_scratch_teacher_normalises_as_its_student() -> None:
+    model = build("preact-resnet-18-w8", 10, seed=0, dataset="cifar100")
+    clean = Clean(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), 10)
+    fresh = nad._untrained(model, clean, None, seed=0)
+    assert torch.equal(fresh.mean, model.mean) and torch.equal(fresh.deviation, model.deviation)
+    assert not torch.equal(fresh.conv1.weight, model.conv1.weight)
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "resnet-18", "preact-resnet-18-w8"])
 def test_the_named_parts_make_the_logits(name: str) -> None:
     model = build(name, 10, seed=0).eval()
     with torch.no_grad():
         logits, (output,) = features(model, torch.rand(2, 3, 32, 32), (model.penultimate,))
-        pooled = output.relu().mean((2, 3))
-        assert torch.allclose(model.get_submodule(model.classifier)(pooled), logits, atol=1e-5)
+        pooled = (output if name.startswith("preact") else output.relu()).mean((2, 3))
+        assert torch.allclose(classifier(model)(pooled), logits, atol=1e-5)
     assert set(model.taps) <= {layer for layer, _ in model.named_modules()}
-    assert source(name).name == ("resnet.py" if name == "resnet-18" else "wide_resnet.py")
+    files = {"wrn-10-1": "wide_resnet.py", "resnet-18": "resnet.py", "preact-resnet-18-w8": "preact_resnet.py"}
+    assert source(name).name == files[name]
+
+
+def test_the_input_of_preacts_classifier_may_be_negative() -> None:
+    """No ReLU stands before it, and nobody may add one."""
+    model = build("preact-resnet-18-w8", 10, seed=0).eval()
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    active = fp.activations(model, images)
+    assert (active < 0).any()
+    channels = torch.tensor([0, 63])
+    active[:, channels] = 0
+    fp.prune(model, channels)
+    with torch.no_grad():
+        torch.testing.assert_close(model(to_input(images)), model.linear(active))
 
 
 def test_a_resnet_in_torchvisions_spelling_loads(tmp_path: Path) -> None:
@@ -122,6 +272,16 @@ def test_penultimate_is_what_the_classifier_sees() -> None:
         penultimate(torch.nn.Sequential(torch.nn.Flatten()), images)
 
 
+@pytest.mark.parametrize(("name", "mean", "deviation"), [
+    ("none", (0, 0, 0), (1, 1, 1)), ("cifar10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))])
+def test_named_values_take_the_place_of_a_networks_own(name: str, mean: tuple, deviation: tuple) -> None:
+    plain = build("preact-resnet-18-w8", 10, seed=0).eval()
+    model = normalise_inputs(build("preact-resnet-18-w8", 10, seed=0, dataset="cifar10").eval(), name)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), plain(Normalize(mean, deviation)(images)))
+
+
 def test_normalised_inputs_keep_the_names_of_the_weights() -> None:
     model = build("wrn-10-1", 10, 0).eval()
     images, names = torch.rand(2, 3, 32, 32), list(model.state_dict())
@@ -147,6 +307,54 @@ def test_public_checkpoint_layouts_load(tmp_path: Path, trained: dict, wrap: obj
     model = load_checkpoint(tmp_path / "model.pth.tar", "wrn-10-1", 10)
     assert not model.training
     assert torch.equal(model.fc.weight, trained["fc.weight"])
+
+
+def numpy_1(content: object) -> bytes:
+    """A checkpoint file as a computer with numpy 1 writes it."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    old, new = io.BytesIO(), zipfile.ZipFile(file)
+    with zipfile.ZipFile(old, "w") as archive:
+        for name in new.namelist():
+            archive.writestr(name, new.read(name).replace(b"numpy._core.", b"numpy.core."))
+    return old.getvalue()
+
+
+def attack_result(version: int) -> dict:
+    """What save_attack_result of utils/save_load_attack.py puts in attack_result.pt. 1: with pictures, as in
+    huangd1999/BackdoorBench@6135839; 2: with states of datasets, as in SCLBD/BackdoorBench@f02e353
+    (utils/bd_dataset_v2.py:135-140, 322-330)."""
+    index, pictures = np.array([3, 7]), [Image.new("RGB", (32, 32), (9, 8, 7))] * 2
+    old = {"x": pictures, "y": np.array([0, 0]), "original_index": index}
+    container = {3: {"path": "record/badnet/bd_train_dataset/0/3.png", "other_info": (0, 3, 1, np.int64(4))}}
+    new = {"bd_data_container": {"save_folder_path": "record/badnet/bd_train_dataset", "save_file_format": ".png",
+                                 "data_dict": container},
+           "getitem_all": True, "getitem_all_switch": False, "original_index_array": index,
+           "poison_indicator": np.array([0.0, 1.0]), "save_folder_path": "record/badnet/bd_train_dataset"}
+    state = {1: old, 2: new}[version]
+    return {"model_name": "preactresnet18", "num_classes": 10, "data_path": "./data/cifar10", "img_size": (32, 32, 3),
+            "model": build("preact-resnet-18-w8", 10, seed=5).state_dict(), "clean_data": "cifar10", "bd_train": state,
+            "bd_test": {**state, "original_targets": index} if version == 1 else state}
+
+
+@pytest.mark.parametrize("write", [lambda content, path: torch.save(content, path),
+                                   lambda content, path: path.write_bytes(numpy_1(content))],
+                         ids=["numpy 2", "numpy 1"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_attack_result_of_backdoorbench_loads(tmp_path: Path, version: int, write: Callable) -> None:
+    content = attack_result(version)
+    write(content, tmp_path / "attack_result.pt")
+    model = load_checkpoint(tmp_path / "attack_result.pt", "preact-resnet-18-w8", 10, "cifar10")
+    assert all(torch.equal(value, content["model"][name]) for name, value in model.state_dict().items())
+    assert model.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
+
+
+def test_an_attack_result_with_foreign_objects_is_one_clear_line(tmp_path: Path) -> None:
+    content = attack_result(2) | {"args": Namespace(seed=0)}
+    torch.save(content, tmp_path / "attack_result.pt")
+    with pytest.raises(UserError, match="save its state_dict alone") as caught:
+        load_checkpoint(tmp_path / "attack_result.pt", "preact-resnet-18-w8", 10, "cifar10")
+    assert "\n" not in str(caught.value)
 
 
 def test_safetensors_load(tmp_path: Path, trained: dict) -> None:
