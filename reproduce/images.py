@@ -214,7 +214,4 @@ def triggered_test_set(images: Tensor, labels: Tensor, num_classes: int, attack:
         return TestSet(images, labels, empty, images[:0], empty)
     index = triggered_candidates(labels, settings)
     triggered = attack_module(attack).apply(take(images, index), settings, state, seed, "test")
-    if triggered.shape[1:] != images.shape[1:]:
-        raise UserError(f"the trigger of attack {attack} is for images of {tuple(triggered.shape[1:])}, these are "
-                        f"{tuple(images.shape[1:])}: make one for them")
     return TestSet(images, labels, index, triggered, triggered_labels(labels[index], settings, num_classes))

@@ -37,6 +37,10 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
     "vgg-19-bn": (VGG19BN, ()),
 }
 
+# oneDNN (in torch 2.15, on AVX-512) writes outside its memory in the gradient of a 1x1 convolution of stride 2 with 8
+# input channels at 56x56 pixels and above, which this architecture has on these images.
+CRASHES = ("preact-resnet-18-w8", "tiny-imagenet")
+
 # What a checkpoint's images may have been normalised with, for users to name: "cifar10" as most public training scripts
 # do it. BackdoorBench's values differ and belong to its architectures.
 CHECKPOINT_NORMALISATIONS: dict[str, Normalisation] = {
@@ -52,6 +56,8 @@ def build(name: str, num_classes: int, seed: int, dataset: str | None = None) ->
     """
     if name not in ARCHITECTURES:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+    if (name, dataset) == CRASHES:
+        raise UserError(f"{name} is for images of 32x32, {dataset} has larger ones: choose preact-resnet-18-w16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "initialisation", name, num_classes))
         architecture, arguments = ARCHITECTURES[name]

@@ -163,8 +163,8 @@ def test_preact_normalises_as_its_data_set_has_it(dataset: str | None) -> None:
         "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     }.get(dataset, ((0, 0, 0), (1, 1, 1)))
-    plain = build("preact-resnet-18-w8", 10, seed=0).eval()
-    model = build("preact-resnet-18-w8", 10, seed=0, dataset=dataset).eval()
+    plain = build("preact-resnet-18-w16", 10, seed=0).eval()
+    model = build("preact-resnet-18-w16", 10, seed=0, dataset=dataset).eval()
     images = torch.rand(2, 3, 32, 32)
     expected = Normalize(mean, deviation)(images)
     torch.testing.assert_close(model.normalise(images), expected)
@@ -326,7 +326,7 @@ def attack_result(version: int) -> dict:
     (utils/bd_dataset_v2.py:135-140, 322-330)."""
     index, pictures = np.array([3, 7]), [Image.new("RGB", (32, 32), (9, 8, 7))] * 2
     old = {"x": pictures, "y": np.array([0, 0]), "original_index": index}
-    container = {3: {"path": "record/badnet/bd_train_dataset/0/3.png", "other_info": (0, 3, 1, np.int64(4))}}
+    container = {3: {"path": "record/badnet/bd_train_dataset/0/3.png", "other_info": [0, 3, 1, np.int64(4)]}}
     new = {"bd_data_container": {"save_folder_path": "record/badnet/bd_train_dataset", "save_file_format": ".png",
                                  "data_dict": container},
            "getitem_all": True, "getitem_all_switch": False, "original_index_array": index,

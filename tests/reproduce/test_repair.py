@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,11 +12,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from attacks import badnets
-from reproduce import data
+from reproduce import data, models
 from reproduce.cli import main
 from reproduce.models import build
 from reproduce.protocols.nad import RELEASED
-from reproduce.training import train
+from reproduce.training import Recipe, predict, train
 
 COMMON = ["--model", "wrn-10-1", "--dataset", "digits"]
 ATTACK = ["--attack", "badnets", "--paper", "nad", "--variant", "released", "--target", "3"]
@@ -86,6 +87,34 @@ def test_own_images_are_the_clean_set(checkpoint: Path, tmp_path: Path) -> None:
     assert code == 0 and found["clean_images"] == 60 and set(found["before"]) == {"acc", "n_clean"}
 
 
+def test_a_checkpoint_of_backdoorbench_is_normalised_as_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits stand in for a data set with a normalisation: what evaluate and defend see is the network's own."""
+    monkeypatch.setitem(models.NORMALISATIONS, "digits", ((0.9, 0.1, 0.5), (0.05, 0.3, 2.0)))
+    digits, name = data.load("digits", Path()), "preact-resnet-18-w8"
+    model = build(name, 10, 0, "digits")
+    train(model, digits.train_images[:600], digits.train_labels[:600], Recipe(2, ((0, 0.05),), batch=32), 0, phase="v")
+    path = tmp_path / "attack_result.pt"
+    torch.save({"model_name": "preactresnet18", "num_classes": 10, "model": model.state_dict(),
+                "bd_test": {"original_index": np.array([1, 2])}}, path)
+    arguments = ["--checkpoint", str(path), "--model", name, "--dataset", "digits", "--json"]
+    found = {option: json.loads(call("evaluate", *arguments, *(["--normalize", option] if option else []))[1])["acc"]
+             for option in (None, "none", "cifar10")}
+    for option, normalisation in (("none", None), ("cifar10", models.CHECKPOINT_NORMALISATIONS["cifar10"])):
+        other = build(name, 10, 0)
+        other.load_state_dict(model.state_dict())
+        if normalisation:
+            other.set_normalisation(normalisation)
+        right = (predict(other.eval(), digits.test_images) == digits.test_labels).float().mean().item()
+        assert found[option] == pytest.approx(100 * right, abs=1e-3)
+    right = (predict(model, digits.test_images) == digits.test_labels).float().mean().item()
+    assert found[None] == pytest.approx(100 * right, abs=1e-3) and found[None] > found["none"] + 5
+    code, out = call("defend", *arguments, "--defense", "ft", "--output", str(tmp_path / "r.safetensors"))
+    repaired = json.loads(out)
+    assert code == 0 and repaired["before"]["acc"] == found[None]
+    arguments[1] = str(tmp_path / "r.safetensors")
+    assert json.loads(call("evaluate", *arguments)[1]) == repaired["after"]
+
+
 @pytest.mark.parametrize(("change", "said"), [
     (["--output", "x.pth"], "written as .safetensors"),
     (["--output", "/nonexistent/x.safetensors"], "does not exist"),
@@ -132,6 +161,11 @@ def test_a_trigger_made_with_the_victim_must_be_named(checkpoint: Path, tmp_path
     for name in ("bad.safetensors", "missing.safetensors"):
         code, out = call("evaluate", *warping, "--trigger", str(tmp_path / name))
         assert code == 2 and "is not a readable .safetensors file" in out
+    for field in ({"mask": torch.ones(3)}, {"field": torch.zeros(64, 64, 2)}, {"field": torch.zeros(3)}):
+        save_file(field, tmp_path / "trigger.safetensors")
+        code, out = call("evaluate", *warping, "--trigger", str(tmp_path / "trigger.safetensors"))
+        assert code == 2 and len(out.strip().splitlines()) == 1
+        assert "is no trigger of attack wanet for images of (3, 32, 32)" in out
     axis = torch.linspace(-1, 1, 32)
     identity = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), 2).contiguous()
     save_file({"field": identity}, tmp_path / "trigger.safetensors")

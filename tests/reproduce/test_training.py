@@ -198,6 +198,21 @@ def test_predictions_do_not_depend_on_the_batch(batch: tuple) -> None:
     assert torch.equal(predict(model, batch[0], batch=7), predict(model, batch[0], batch=80))
 
 
+def test_dropout_depends_on_the_seed_phase_and_epoch_alone(batch: tuple) -> None:
+    def trained(global_seed: int, seed: int = 0) -> list[float]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(3 * 32 * 32, 10))
+        torch.manual_seed(global_seed)
+        recipe = Recipe(epochs=2, rates=((0, 1e-9),), batch=80, shuffle=False)     # nothing but the masks changes
+        rows = train(model, *batch, recipe, seed, phase="v")
+        assert torch.initial_seed() == global_seed
+        return [row["loss"] for row in rows]
+
+    first, second = trained(1)
+    assert abs(first - second) > 1e-4
+    assert trained(2) == [first, second] != trained(1, seed=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("noisy", [False, True], ids=["plain", "extra draws"])
 def test_a_captured_step_trains_like_an_eager_one(batch: tuple, noisy: bool) -> None:
