@@ -36,13 +36,14 @@ def chosen(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return module, quick(module.SETTINGS[key])
 
 
-def cases(kind: str = "") -> Any:
-    """A fixture over every setting, or over those of attacks that define `kind`: "poison" or "implant"."""
-    found = [case for case in CASES if not kind or hasattr(attack_module(case[0]), kind)]
+def cases(kind: str = "", paper: str = "") -> Any:
+    """A fixture over every setting, or over those of attacks that define `kind`, "poison" or "implant", or of a paper."""
+    found = [case for case in CASES if (not kind or hasattr(attack_module(case[0]), kind)) and paper in ("", case[1][0])]
     return pytest.fixture(params=found, ids=lambda case: "-".join([case[0], *case[1]]))(chosen)
 
 
 case, poisoning, implanting = cases(), cases("poison"), cases("implant")
+fmps = cases("poison", "fmp")
 
 
 def test_the_papers_six_attacks_are_there() -> None:
@@ -171,19 +172,21 @@ def test_target_and_rate_are_settings(poisoning: tuple[Any, Any], context: Conte
     assert int(poisoned.mask.sum()) == (40 if getattr(config, "sources", None) == "target" else expected)
 
 
-@pytest.mark.parametrize("rate", [0.001, 0.005, 0.01, 0.05, 0.1])
-def test_fmps_settings_poison_at_every_rate(poisoning: tuple[Any, Any], rate: float, context: Context) -> None:
-    module, config = poisoning
-    if config not in [quick(value) for (paper, _), value in module.SETTINGS.items() if paper == "fmp"]:
-        pytest.skip("not FMP's")
+@pytest.mark.parametrize("rate", [0.001, 0.01, 0.1])
+def test_fmps_rates_are_shares_of_the_whole_set(fmps: tuple[Any, Any], rate: float, context: Context) -> None:
+    module, config = fmps
     config = dataclasses.replace(config, rate=rate)
-    # 2,000 images, a tenth of them the target's; the triggers need not be good.
+    # 2,000 images, a tenth of them the target's.
     many = dataclasses.replace(context, images=context.images.repeat(5, 1, 1, 1), labels=context.labels.repeat(5))
-    state = module.prepare(config, many)
-    mask = module.poison(many.images, many.labels, config, state, 7, 10).mask
-    assert int(mask.sum()) == round(2000 * rate)
-    if getattr(config, "sources", None) == "others":
-        assert (many.labels[mask] != config.target).all()
+    poisoned = module.poison(many.images, many.labels, config, module.prepare(config, many), 7, 10)
+    assert config.target == 0 and int(poisoned.mask.sum()) == 2000 * rate
+    classes = set(many.labels[poisoned.mask].tolist())
+    sources = getattr(config, "sources", None)
+    if sources == "target":
+        assert classes == {0}
+    elif rate == 0.1:
+        assert classes == set(range(1, 10) if sources else range(10))
+    assert (poisoned.labels[poisoned.mask] == 0).all()
 
 
 class Interrupted(Exception):
