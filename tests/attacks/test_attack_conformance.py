@@ -37,8 +37,9 @@ def chosen(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 
 def cases(kind: str = "", paper: str = "") -> Any:
-    """A fixture over every setting, or over those of attacks that define `kind`, "poison" or "implant", or of a paper."""
-    found = [case for case in CASES if (not kind or hasattr(attack_module(case[0]), kind)) and paper in ("", case[1][0])]
+    """A fixture over every setting, or those of one paper and of attacks that define `kind`: "poison" or "implant"."""
+    found = [(name, key) for name, key in CASES
+             if (not kind or hasattr(attack_module(name), kind)) and paper in ("", key[0])]
     return pytest.fixture(params=found, ids=lambda case: "-".join([case[0], *case[1]]))(chosen)
 
 

@@ -65,6 +65,32 @@ def test_deepfool_is_the_released_one() -> None:
     assert not low_frequency.deepfool(context.clean_model, image, replace(DESCRIBED, target=1, iterations=3))[1]
 
 
+def brightness(weights: list[list[float]], biases: list[float]) -> nn.Module:
+    """Logits that are linear in the mean of each colour."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, len(biases)))
+    model[2].load_state_dict({"weight": torch.tensor(weights), "bias": torch.tensor(biases)})
+    return model.eval()
+
+
+def test_deepfool_keeps_away_from_the_first_class_on_a_detour() -> None:
+    # From class 0 past class 1 to 2; the expected values are those of the released code on the same model.
+    model = brightness([[0.0, 0, 0], [10, 10, 0], [6, 6, 9]], [0.0, -5, -5.5])
+    step, converged = low_frequency.deepfool(model, torch.full((3, 8, 8), 0.2), replace(DESCRIBED, target=2))
+    assert converged and step.norm().item() == pytest.approx(0.9094025105236586, rel=1e-5)
+    assert step[:, 0, 0].tolist() == pytest.approx([0.05514063, 0.05514063, 0.08271094], rel=1e-5)
+
+
+def test_images_whose_class_has_changed_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+    search = low_frequency.deepfool
+    monkeypatch.setattr(low_frequency, "deepfool", lambda *given: calls.append(given[1]) or search(*given))
+    grey = torch.full((6, 3, 8, 8), 120, dtype=torch.uint8)
+    model = brightness([[0.0, 0, 0], [1, 1, 1]], [0.0, -1.5])  # class 1 where the mean is above a half
+    context = Context(grey, torch.zeros(6, dtype=torch.long), 2, 0, model)
+    low_frequency.universal(replace(DESCRIBED, target=1, images=6), context)
+    assert len(calls) == 1  # the first pattern makes all of them bright
+
+
 def test_the_pattern_is_the_released_one() -> None:
     config = replace(DESCRIBED, target=2, images=16, passes=1)
     pattern = low_frequency.universal(config, tiny_context())
