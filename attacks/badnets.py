@@ -10,6 +10,11 @@ Departures: none known. The per-attack table of NAD's appendix was not readable 
 those of the released code, so "described" and "released" are one setting. ARGD's code (BililiCode/ARGD@6354666) moves
 the trigger to the middle of the image. Its config.py labels by "cleanLabel", which is ARGD's setting of attacks/cl.py;
 its README calls the model it comes with all-to-one, which is used here.
+
+("fmp", "described") is BackdoorBench's BadNets, on which FMP's code builds (huangd1999/BackdoorBench@6135839): the
+white square in the very corner. As in all settings of FMP there, poisoned images come from all classes, the target's
+too. Departure, in all of them: the number of poisoned images is rounded down, theirs to the nearest. The attacks of FMP
+and their settings are those of that code; the paper's own list was not readable to us.
 """
 
 from collections.abc import Iterable
@@ -51,6 +56,8 @@ SETTINGS = {
         rate=0.2,  # ARGD config.py@6354666:46
         labels="all-to-one",  # ARGD README.md@6354666:8
         pattern=CENTRE_GRID, row=CENTRE, column=CENTRE),
+    # BackdoorBench@6135839 config/attack/badnet/cifar10.yaml, as are target and rate; resource/badnet/
+    ("fmp", "described"): Config(target=0, rate=0.1, pattern=SQUARE, row=-3, column=-3),
 }
 
 

@@ -1,7 +1,7 @@
-"""Blend: the trigger is a whole picture of noise, blended faintly over the image.
+"""Blend: the trigger is a whole picture, often noise, blended faintly over the image.
 
 Chen, Liu, Li, Lu & Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning",
-arXiv:1712.05526, blended injection with a random pattern k:
+arXiv:1712.05526, blended injection with a pattern k:
 
     x' = (1 - ratio) * x + ratio * k,     y' = target
 
@@ -13,13 +13,22 @@ NAD's two readings differ in k:
 Departures: NAD's ratio and pattern are not stated where we could read; the ratio of its released code is used for
 both. The result is truncated to uint8 as in the released code. We compute the truncated blend in whole numbers, which
 equals its float64 arithmetic for every pair of pixel values at ratio 0.2 (there is a test), at half the cost.
+
+FMP's code builds on BackdoorBench (huangd1999/BackdoorBench@6135839), whose k is a cartoon cat, the art of others and
+not part of this project:
+    drawing      "described": a house under the sun, drawn here
+    file         "released": that picture, or one of your own under its name, at aux/triggers/hello_kitty.jpeg below the
+                 data root; resized as there. A run knows it by its name, not by its content
+Departure: there the weighted pattern is in single precision, which makes one pair of pixel values in 26 one grey level
+darker.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from reproduce.poisoning import Context, Poisoned, poison_with_trigger
@@ -28,13 +37,14 @@ from reproduce.rng import derive, generator
 
 @dataclass(frozen=True)
 class Config:
-    """ratio: weight of the noise, in steps of 1/100; noise: "fixed-rgb" or "fresh-grey"."""
+    """ratio: weight of the picture, in steps of 1/100; noise: which one, see above; picture: file name for "file"."""
 
     noise: str
     target: int = 5  # NAD config.py@f17b713:43
     rate: float = 0.1  # NAD config.py@f17b713:42
     labels: str = "all-to-one"  # NAD config.py@f17b713:45
     ratio: float = 0.2  # NAD data_loader.py@f17b713:393
+    picture: str | None = field(default=None, metadata={"since": "fmp"})
 
 
 SETTINGS = {
@@ -42,19 +52,51 @@ SETTINGS = {
     ("nad", "released"): Config(noise="fresh-grey"),
     # ARGD data_loader.py@6354666:458-463, the same noise; config.py:46-47, README.md:8
     ("argd", "released"): Config(noise="fresh-grey", target=0, rate=0.2),
+    # BackdoorBench config/attack/blended/cifar10.yaml@6135839: target, rate, ratio and picture
+    ("fmp", "described"): Config(noise="drawing", target=0),
+    ("fmp", "released"): Config(noise="file", target=0, picture="hello_kitty.jpeg"),
 }
 
 
 def requires(config: Config) -> frozenset[str]:
-    return frozenset()
+    return frozenset({"arrays"} if config.noise == "file" else ())
 
 
 def prepare(config: Config, context: Context) -> dict[str, Tensor]:
-    """fixed-rgb: {"pattern": uint8 (3, H, W), uniform in 0..255}; fresh-grey: {}."""
+    """fresh-grey: {}; else {"pattern": uint8 (3, H, W)}, for fixed-rgb uniform in 0..255."""
+    height, width = context.images.shape[2:]
     if config.noise == "fresh-grey":
         return {}
+    if config.noise == "drawing":
+        return {"pattern": drawing(height, width)}
+    if config.noise == "file":
+        return {"pattern": resized(np.asarray(context.array(config.picture)), height, width)}
     rng = generator(context.seed, "blend-pattern")
     return {"pattern": torch.randint(256, context.images.shape[1:], generator=rng, dtype=torch.uint8)}
+
+
+def drawing(height: int, width: int) -> Tensor:
+    """A house under the sun, uint8 (3, H, W): large shapes of one colour each, painted one over the other."""
+    y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
+    shapes = [
+        (y >= 0, (120, 190, 240)),  # sky
+        (y > 0.78, (80, 170, 70)),  # lawn
+        ((y - 0.2)**2 + (x - 0.82)**2 < 0.13**2, (255, 215, 60)),  # sun
+        ((y > 0.45) & (y < 0.9) & (abs(x - 0.4) < 0.28), (215, 70, 60)),  # wall
+        ((y > 0.15) & (y <= 0.45) & (abs(x - 0.4) < 1.2 * (y - 0.15)), (90, 50, 110)),  # roof
+        ((y > 0.6) & (y < 0.9) & (abs(x - 0.3) < 0.08), (60, 40, 30)),  # door
+        ((y > 0.55) & (y < 0.72) & (abs(x - 0.53) < 0.09), (250, 250, 230)),  # window
+    ]
+    picture = np.zeros((height, width, 3), np.uint8)
+    for inside, colour in shapes:
+        picture[inside] = colour
+    return torch.from_numpy(picture).permute(2, 0, 1).contiguous()
+
+
+def resized(picture: np.ndarray, height: int, width: int) -> Tensor:
+    """uint8 (h, w, 3) -> uint8 (3, H, W), as torchvision's Resize does it for a picture in a file."""
+    small = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
 
 
 def grey_noise(images: Tensor, rng: np.random.RandomState) -> Tensor:

@@ -20,6 +20,11 @@ probability 1/2; we take exactly half of them. NAD's norm, epsilon and rate are 
 ("argd", "released") is what ARGD's code does under the name "cleanLabel" (BililiCode/ARGD@6354666 data_loader.py:
 246-265): its grid in the middle of images of the target class, which are not perturbed. Departure: that code draws
 its share from all classes and keeps the target's part; we take exactly that share of the target class.
+
+("fmp", "described") is BackdoorBench's label-consistent attack, on which FMP's code builds: a share of the whole set,
+out of the target class (huangd1999/BackdoorBench@6135839; its commit c2d79e6 breaks this, see attacks/sig.py). Its
+images come ready-made and were not at hand; the script that makes them in the later SCLBD/BackdoorBench@f02e353 has
+hkunzhe's constants and network, and the authors' four corners at full contrast.
 """
 
 from dataclasses import dataclass, field
@@ -55,6 +60,7 @@ class Config:
     batch: int = 250  # ours: memory only, images do not influence each other
     patches: tuple[tuple[tuple[tuple[int, ...], ...], int, int], ...] = field(  # MadryLab, "all-corners"
         default=CORNERS, metadata={"since": "argd"})
+    sources: str | None = field(default=None, metadata={"since": "fmp"})  # of a share of the whole set, as in sig.py
 
 
 SETTINGS = {
@@ -64,6 +70,9 @@ SETTINGS = {
         rate=0.2,  # ARGD config.py@6354666:46
         epsilon=0.0,  # ARGD data_loader.py@6354666:246-265
         patches=((CENTRE_GRID, CENTRE, CENTRE),)),  # ARGD config.py@6354666:48; data_loader.py:387-399
+    # BackdoorBench config/attack/lc/cifar10.yaml@6135839; epsilon, step and steps: SCLBD's
+    # resource/label-consistent/craft_adv_dataset.py@f02e353:716-719; patches: its utils/bd_img_transform/lc.py
+    ("fmp", "described"): Config(target=0, rate=0.1, sources="target"),
 }
 
 
@@ -74,7 +83,8 @@ def requires(config: Config) -> frozenset[str]:
 def prepare(config: Config, context: Context) -> dict[str, Tensor]:
     """{"indices": int64 (P,) of the images to be poisoned, ascending; "perturbed": uint8 (P, 3, H, W), no trigger}."""
     # Poisoning with the identity tells which images the shared rule picks at this seed.
-    draw = poison_with_trigger(context.images, context.labels, config, context.seed, context.num_classes, torch.clone)
+    draw = poison_with_trigger(context.images, context.labels, config, context.seed, context.num_classes, torch.clone,
+                               config.sources)
     indices = draw.mask.nonzero().flatten()
     if not config.epsilon:
         return {"indices": indices, "perturbed": context.images[indices].contiguous()}
@@ -120,7 +130,8 @@ def poison(images: Tensor, labels: Tensor, config: Config, state: dict[str, Tens
            num_classes: int) -> Poisoned:
     """images: uint8 (N, 3, H, W); labels: int64 (N,): the set and seed that `prepare` saw."""
     poisoned = poison_with_trigger(images, labels, config, seed, num_classes,
-                                   lambda chosen: apply(state["perturbed"], config, state, seed, "train"))
+                                   lambda chosen: apply(state["perturbed"], config, state, seed, "train"),
+                                   config.sources)
     if not torch.equal(poisoned.mask.nonzero().flatten(), state["indices"]):
         raise ValueError("cl: this state was prepared for another training set or seed")
     return poisoned

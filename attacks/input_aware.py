@@ -19,6 +19,11 @@ Departures. The released code never clears the generator's gradients (train.py:6
 sum of all gradients so far; ours follows the batch's own. Epochs, augmentation and the rates of f are the victim's
 recipe; the generator's rate falls with them, the mask network's after two and four fifths of its epochs as released.
 x' is drawn with replacement. Equal patterns of equal images count 0 in D; there the released gradient is not a number.
+
+("fmp", "described") is BackdoorBench's, on which FMP's code builds (huangd1999/BackdoorBench@6135839): the constants
+above, but in each batch as many images get another's trigger as are poisoned, whatever the rate, and of a batch too
+small to poison one image of, one is poisoned now and then (`poisoned_in_batch`). Left out: its random rotations by up
+to 10 degrees. Its test images are truncated to 8 bits, ours rounded.
 """
 
 from collections.abc import Callable
@@ -32,7 +37,7 @@ from torch import Tensor, nn
 
 from reproduce.data.augment import Augment, draw, take, to_input
 from reproduce.data.augment import apply as augmented
-from reproduce.poisoning import Context, triggered_labels
+from reproduce.poisoning import Context, poisoned_in_batch, triggered_labels
 from reproduce.rng import derive
 from reproduce.training import (
     Checkpoint,
@@ -54,8 +59,9 @@ EPSILON = 1e-7  # config.py:38
 
 @dataclass(frozen=True)
 class Config:
-    """cross: share of a batch that gets another image's trigger; density: part of the image a mask may cover for free.
+    """cross: share of a batch that gets another image's trigger, None for as many as are poisoned.
 
+    density: part of the image a mask may cover for free.
     width, depth: channels of the first level of both networks, and how many levels; the image's side must be a multiple
     of 2^depth.
     """
@@ -63,7 +69,7 @@ class Config:
     target: int
     rate: float = 0.1  # config.py:35
     labels: str = "all-to-one"  # config.py:34
-    cross: float = 0.1  # config.py:36
+    cross: float | None = 0.1  # config.py:36
     density: float = 0.032  # config.py:37
     lambda_div: float = 1.0  # config.py:29
     lambda_norm: float = 100.0  # config.py:30
@@ -77,6 +83,8 @@ class Config:
 SETTINGS = {
     ("mcldef", "described"): Config(target=5),  # MCL config.py@1ce3f44:38-42, as are rate and labels
     ("input-aware", "released"): Config(target=0),  # config.py:33
+    # BackdoorBench config/attack/inputaware/cifar10.yaml@6135839, all values; attack/inputaware_attack.py, train_step
+    ("fmp", "described"): Config(target=0, cross=None),
 }
 
 
@@ -211,15 +219,15 @@ def implant(model: nn.Module, images: Tensor, labels: Tensor, config: Config, st
     if saved and len(saved[2]) > config.mask_epochs:  # the joint training has begun and brings the masks' weights
         rows = saved[2][:config.mask_epochs]
     else:
-        mask_recipe = replace(recipe, epochs=config.mask_epochs, rates=mask_rates(config))
+        mask_recipe = replace(recipe, epochs=config.mask_epochs, rates=mask_rates(config), cosine=None)
         rows = train(masks, images, labels, mask_recipe, seed, phase="masks", observe=observe, checkpoint=checkpoint,
                      loss=mask_loss(images, config, recipe.augment), optimizers=adam_for_masks,
-                     extra=partner_draws(images, recipe.augment, lambda batch: batch))
+                     extra=partner_draws(images, recipe.augment, lambda batch, rng: batch))
     joint = Joint(model, painter, masks)
     history = train(joint, images, labels, recipe, seed, phase="victim", observe=observe,
                     checkpoint=Continued(checkpoint, rows) if checkpoint else None,
                     loss=joint_loss(images, config, recipe.augment, num_classes), optimizers=joint_optimizers(config),
-                    extra=partner_draws(images, recipe.augment, lambda batch: int(batch * config.cross)))
+                    extra=partner_draws(images, recipe.augment, crossed_in_batch(config)))
     return [{"phase": "masks", **row} for row in rows] + history, weights(painter, masks)
 
 
@@ -246,10 +254,18 @@ def joint_optimizers(config: Config) -> Optimizers:
     return optimizers
 
 
-def partner_draws(images: Tensor, augment: Augment, number: Callable[[int], int]) -> Callable[..., Tensor]:
-    """Draws `number(batch size)` other images x' and their augmentation: int64 (n, 6), index first."""
+def crossed_in_batch(config: Config) -> Callable[[int, torch.Generator], int]:
+    """How many images of a batch get another image's trigger, given its size and a generator."""
+    if config.cross is None:
+        return lambda batch, rng: poisoned_in_batch(batch, config.rate, rng)
+    return lambda batch, rng: int(batch * config.cross)
+
+
+def partner_draws(images: Tensor, augment: Augment,
+                  number: Callable[[int, torch.Generator], int]) -> Callable[..., Tensor]:
+    """Draws `number(batch size, generator)` other images x' and their augmentation: int64 (n, 6), index first."""
     def extra(batch: int, rng: torch.Generator) -> Tensor:
-        count = number(batch)
+        count = number(batch, rng)
         index = torch.randint(len(images), (count, 1), generator=rng)
         return torch.cat([index, draw(count, images.shape[3], augment, rng)], 1)
     return extra
@@ -281,7 +297,8 @@ def joint_loss(images: Tensor, config: Config, augment: Augment, num_classes: in
     """
 
     def loss(joint: Joint, batch: Tensor, labels: Tensor, drawn: Tensor) -> Loss:
-        poisoned, crossed = int(len(batch) * config.rate), len(drawn)
+        crossed = len(drawn)
+        poisoned = crossed if config.cross is None else int(len(batch) * config.rate)
         pairs = min(poisoned, crossed)
         if pairs == 0:
             return cross_entropy(joint, batch, labels)

@@ -15,10 +15,18 @@ Departures: NAD's own delta and f are not stated where we could read; "described
 for SIG, delta = 20 and f = 6, in Barni et al.'s additive formula (the README itself prints a third variant, blended
 0.2 / 0.8). No poisoning rate was readable: half of the target class is ours, so that the class can still be learned
 without the signal. The sum is rounded to the nearest grey level (ours).
+
+("fmp", ...) is BackdoorBench's SIG, on which FMP's code builds (huangd1999/BackdoorBench@6135839): Barni et al.'s
+formula with delta = 40, the sum truncated. Its rate is a share of the whole set: "described" takes so many images of
+the target class, which keep their label; at 0.1 that is all of CIFAR-10's target class. Where the class has fewer, as
+on GTSRB, that code stops with an error and ours takes them all. "released" keeps the fault of FMP's fork: its commit
+c2d79e6 draws the images from all classes BUT the target's (utils/backdoor_generate_pindex.py:56-59), and since every
+poisoned image gets the target label (utils/bd_label_transform/backdoor_label_transform.py), this is a dirty-label
+attack with SIG's signal.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +37,11 @@ from reproduce.poisoning import Context, Poisoned, poison_with_trigger
 
 @dataclass(frozen=True)
 class Config:
-    """delta: amplitude in grey levels; f: periods across the image; blend: weight of the wrapped mask, None = add."""
+    """delta: amplitude in grey levels; f: periods across the image; blend: weight of the wrapped mask, None = add.
+
+    truncate: drop the fraction of the sum instead of rounding it. sources: whose images are poisoned, where the rate is
+    a share of the whole set and the label rule does not say it, see `poison_with_trigger`.
+    """
 
     rate: float
     labels: str
@@ -37,6 +49,8 @@ class Config:
     blend: float | None
     delta: float = 20.0  # NAD README.md@f17b713:67-94; also measured from its array
     target: int = 5  # NAD config.py@f17b713:43
+    truncate: bool = field(default=False, metadata={"since": "fmp"})
+    sources: str | None = field(default=None, metadata={"since": "fmp"})
 
 
 RELEASED = Config(
@@ -44,6 +58,16 @@ RELEASED = Config(
     labels="all-to-one",  # NAD config.py@f17b713:45
     f=0.8 * 32 / (2 * math.pi),  # 0.8 rad per column: the array signal_cifar10_mask.npy, exactly
     blend=0.2,  # NAD data_loader.py@f17b713:402
+)
+BACKDOORBENCH = Config(
+    target=0,  # BackdoorBench config/attack/sig/cifar10.yaml@6135839, as are rate, delta and f
+    rate=0.1,
+    delta=40.0,
+    f=6.0,
+    labels="clean-label",  # BackdoorBench attack/sig_attack.py@6135839, clean_label=True
+    sources="target",  # BackdoorBench utils/backdoor_generate_pindex.py:56-59 before c2d79e6
+    blend=None,
+    truncate=True,  # BackdoorBench utils/bd_img_transform/sig.py@6135839:49-50
 )
 SETTINGS = {
     ("nad", "described"): Config(
@@ -54,6 +78,8 @@ SETTINGS = {
     ("nad", "released"): RELEASED,
     # ARGD data_loader.py@6354666:465-472, the same array; config.py:46-47, README.md:8
     ("argd", "released"): replace(RELEASED, target=0, rate=0.2),
+    ("fmp", "described"): BACKDOORBENCH,
+    ("fmp", "released"): replace(BACKDOORBENCH, labels="all-to-one", sources="others"),  # c2d79e6, see above
 }
 
 
@@ -82,11 +108,12 @@ def apply(images: Tensor, config: Config, state: dict[str, Tensor], seed: int, s
     if config.blend is not None:
         mask = wrapped_mask(config, images.shape[3])
         return mix(images, mask.expand(1, 1, images.shape[2], -1), config.blend)
-    # Adding whole numbers: the nearest grey level of x + v is x + round(v).
-    steps = signal(config, images.shape[3]).round().to(images.device, torch.int16)
+    steps = signal(config, images.shape[3]).to(images.device)
+    # Adding whole numbers: the nearest grey level of x + v is x + round(v). BackdoorBench keeps v in single precision.
+    steps = steps.float().double() if config.truncate else steps.round().short()
     result = torch.empty_like(images)
     for start in range(0, len(images), 256):
-        result[start:start + 256] = (images[start:start + 256].short() + steps).clamp_(0, 255)
+        result[start:start + 256] = (images[start:start + 256].to(steps.dtype) + steps).clamp_(0, 255)
     return result
 
 
@@ -94,4 +121,4 @@ def poison(images: Tensor, labels: Tensor, config: Config, state: dict[str, Tens
            num_classes: int) -> Poisoned:
     """images: uint8 (N, 3, H, W); labels: int64 (N,)."""
     return poison_with_trigger(images, labels, config, seed, num_classes,
-                               lambda chosen: apply(chosen, config, state, seed, "train"))
+                               lambda chosen: apply(chosen, config, state, seed, "train"), config.sources)

@@ -17,8 +17,13 @@ rate and label rule of MCLDef's comparison (Zhihao151/MCL@1ce3f44, whose README 
 
 Departures. Images are augmented first and warped then, so the victim sees the field where the test images carry it;
 the released code crops, rotates and flips the warped image, field and all. Epochs, rates and augmentation are the
-victim's recipe (released: 1000 epochs at a rate of 0.01). In training the warped image stays in floating point; at test
-it is an image of 8 bits per channel, rounded to the nearest grey level.
+victim's recipe (released: 1000 epochs at a rate of 0.01). Of a batch too small to poison one image of, one is poisoned
+now and then (`poisoned_in_batch`), where the released code never poisons any. In training the warped image stays in
+floating point; at test it is an image of 8 bits per channel, rounded to the nearest grey level.
+
+("fmp", "described") is BackdoorBench's WaNet, on which FMP's code builds (huangd1999/BackdoorBench@6135839): the
+constants of the released code and the rule for low rates. Left out: the random crops by up to 5 pixels and rotations by
+up to 10 degrees that follow its warping. Its test images are truncated to 8 bits.
 """
 
 from dataclasses import dataclass
@@ -27,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reproduce.poisoning import Context, triggered_labels
+from reproduce.poisoning import Context, poisoned_in_batch, triggered_labels
 from reproduce.rng import generator
 from reproduce.training import Checkpoint, Loss, LossFunction, Observer, Recipe, silent, train
 
@@ -42,12 +47,13 @@ class Config:
     k: int = 4  # config.py:31
     s: float = 0.5  # config.py:30
     grid_rescale: float = 1.0  # config.py:32-34
-    cross: float = 2.0  # config.py:25
+    cross: float = 2.0  # config.py:25; at least 1, or rates below one image per batch poison nothing
 
 
 SETTINGS = {
     ("mcldef", "described"): Config(target=5),  # MCL config.py@1ce3f44:38-42, as are rate and labels
     ("wanet", "released"): Config(target=0),  # config.py:23
+    ("fmp", "described"): Config(target=0),  # BackdoorBench config/attack/wanet/cifar10.yaml@6135839, all values
 }
 
 
@@ -89,12 +95,6 @@ def apply(images: Tensor, config: Config, state: dict[str, Tensor], seed: int, s
     return result
 
 
-def counts(batch: int, config: Config) -> tuple[int, int]:
-    """How many images of a batch are poisoned, and how many are in noise mode."""
-    poisoned = int(batch * config.rate)
-    return poisoned, int(poisoned * config.cross)
-
-
 def implant(model: nn.Module, images: Tensor, labels: Tensor, config: Config, state: dict[str, Tensor], recipe: Recipe,
             seed: int, num_classes: int, observe: Observer = silent,
             checkpoint: Checkpoint | None = None) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
@@ -102,7 +102,8 @@ def implant(model: nn.Module, images: Tensor, labels: Tensor, config: Config, st
     size = images.shape[2]
 
     def noise(count: int, rng: torch.Generator) -> Tensor:
-        return torch.rand(counts(count, config)[1], size, size, 2, generator=rng) * 2 - 1
+        noisy = int(poisoned_in_batch(count, config.rate, rng) * config.cross)
+        return torch.rand(noisy, size, size, 2, generator=rng) * 2 - 1
 
     loss = poisoned_loss(state["field"].to(images.device), config, num_classes)
     history = train(model, images, labels, recipe, seed, phase="victim", loss=loss, observe=observe,
@@ -114,7 +115,8 @@ def poisoned_loss(fixed: Tensor, config: Config, num_classes: int) -> LossFuncti
     """The classification loss on a clean batch, after part of it is warped and relabelled. fixed: M, (H, H, 2)."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor, noise: Tensor) -> Loss:
-        poisoned, noisy = counts(len(images), config)
+        noisy = len(noise)
+        poisoned = int(len(images) * config.rate) or int(noisy > 0)  # noise images come with poisoned ones only
         fields = torch.cat([fixed.expand(poisoned, -1, -1, -1), noisy_fields(fixed, noise)])
         warped, clean = warp(images[:poisoned + noisy], fields), images[poisoned + noisy:]
         inputs = torch.cat([warped, clean]).contiguous(memory_format=torch.channels_last)

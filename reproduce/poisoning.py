@@ -62,30 +62,36 @@ def attack_module(name: str) -> ModuleType:
 
 
 def poison_with_trigger(images: Tensor, labels: Tensor, config: Any, seed: int, num_classes: int,
-                        trigger: Callable[[Tensor], Tensor], whole_set: bool = False) -> Poisoned:
+                        trigger: Callable[[Tensor], Tensor], sources: str | None = None) -> Poisoned:
     """Stamp `trigger` on randomly chosen images and relabel them by `config.labels`.
 
-    config.rate is the share of the whole set (all-to-one, all-to-all) or of the target class (clean-label); for the
-    latter `whole_set=True` draws the share from the whole set first and keeps the target class's part of the draw,
-    as NAD's released code does.
+    config.rate is the share of the whole set (all-to-one, all-to-all) or of the target class (clean-label). Where
+    `sources` is "target" or "others" it is that share of the whole set, taken from the images of the target class or
+    from those of all others; all of them if they are fewer.
     """
-    order = torch.randperm(len(images), generator=generator(seed, "poisoned-indices"))
-    if config.labels == "clean-label":
-        if whole_set:
-            order = order[: int(len(order) * config.rate)]
-            chosen = order[labels[order] == config.target]
-        else:
-            order = order[labels[order] == config.target]
-            chosen = order[: int(len(order) * config.rate)]
-    else:
-        chosen = order[: int(len(order) * config.rate)]
-    chosen = chosen.sort().values
+    candidates = torch.randperm(len(images), generator=generator(seed, "poisoned-indices"))
+    count = int(len(candidates) * config.rate)
+    if sources or config.labels == "clean-label":
+        candidates = candidates[(labels[candidates] == config.target) == (sources != "others")]
+    if config.labels == "clean-label" and not sources:
+        count = int(len(candidates) * config.rate)
+    chosen = candidates[:count].sort().values
     new_images, new_labels = images.clone(), labels.clone()
     pixels(new_images).numpy()[chosen.numpy()] = pixels(trigger(take(images, chosen))).numpy()
     new_labels[chosen] = triggered_labels(labels[chosen], config, num_classes)
     mask = torch.zeros(len(images), dtype=torch.bool)
     mask[chosen] = True
     return Poisoned(new_images, new_labels, mask)
+
+
+def poisoned_in_batch(batch: int, rate: float, rng: torch.Generator) -> int:
+    """How many images of a batch an attacker who controls the training poisons: the whole part of batch * rate.
+
+    Where that is none, one with probability batch * rate, so that low rates are not rounded to no attack
+    (huangd1999/BackdoorBench@6135839 attack/wanet_attack.py, generalize_to_lower_pratio).
+    """
+    expected = batch * rate
+    return int(expected) or int(torch.rand((), generator=rng).item() < expected)
 
 
 def triggered_labels(labels: Tensor, config: Any, num_classes: int) -> Tensor:

@@ -226,6 +226,8 @@ class _Step:
             result = self.eager(index, parameters, extra)
             self.captured = _Captured(self, index, parameters, extra)
             return result
+        if not self.captured.fits(index, parameters, extra):  # batches may draw tensors of different lengths
+            return self.eager(index, parameters, extra)
         return self.captured.replay(index, parameters, extra)
 
     def eager(self, index: Tensor, parameters: Tensor | None, extra: Tensor | None) -> dict[str, Tensor]:
@@ -257,6 +259,10 @@ class _Captured:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.result = step.eager(*self.inputs)
+
+    def fits(self, *inputs: Tensor | None) -> bool:
+        """Whether these inputs have the shapes that were recorded."""
+        return all(new is None or new.shape == ours.shape for ours, new in zip(self.inputs, inputs, strict=True))
 
     def replay(self, *inputs: Tensor | None) -> dict[str, Tensor]:
         for ours, new in zip(self.inputs, inputs, strict=True):

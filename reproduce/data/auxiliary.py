@@ -6,7 +6,7 @@ Under the data root, neither of which comes with this project:
                            of their name before the last dash (crops of one photograph stay together: every fifth
                            photograph, in alphabetical order, is for testing); sub-folders train/ and test/ are
                            taken as they are.
-    aux/triggers/          arrays by file name, *.npy or *.npz
+    aux/triggers/          arrays by file name, *.npy or *.npz, and pictures, *.jpg or *.png
 """
 
 from pathlib import Path
@@ -39,8 +39,10 @@ def pictures(data_root: Path | None, allow_samples: bool) -> dict[str, Tensor]:
 
 
 def released_array(data_root: Path | None, name: str) -> Any:
-    """The numpy array `name` (.npy, or the array "x" of an .npz) from aux/triggers under the data root."""
+    """The array `name` below aux/triggers: that of an .npy, "x" of an .npz, or a picture's pixels, uint8 (h, w, 3)."""
     path = _inside(data_root, f"aux/triggers/{name}", f"released trigger array {name} is missing: put it")
+    if path.suffix.lower() in SUFFIXES:
+        return np.array(Image.open(path).convert("RGB"))
     loaded = np.load(path)
     return loaded["x"] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
 

@@ -1,4 +1,4 @@
-"""What attacks ask for, in small: labelled images, a quickly trained network, photographs, an array."""
+"""What attacks ask for, in small: labelled images, a quickly trained network, photographs, arrays."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from reproduce import models
 from reproduce.data.augment import Augment
 from reproduce.poisoning import Context
 from reproduce.training import Recipe, train
-from tests.attacks.stand_ins import stand_in_array
+from tests.attacks.stand_ins import ARRAYS
 
 CLASSES = 10
 
@@ -38,4 +38,4 @@ def context(labelled: tuple[Tensor, Tensor], clean_model: nn.Module) -> Context:
     rng = torch.Generator().manual_seed(4)
     dark = torch.randint(20, 120, (4, 3, 40, 50), generator=rng, dtype=torch.uint8)
     pictures = {"train": dark, "test": dark[:3] + 130}
-    return Context(*labelled, CLASSES, 7, clean_model, pictures, lambda name: stand_in_array())
+    return Context(*labelled, CLASSES, 7, clean_model, pictures, ARRAYS.__getitem__)

@@ -20,7 +20,7 @@ from reproduce.training import Recipe
 NAMES = [name for name in names(Path(attacks.__file__).parent) if not hasattr(attack_module(name), "MODALITY")]
 CASES = [(name, key) for name in NAMES for key in attack_module(name).SETTINGS]
 # What makes a setting expensive without changing what is tested.
-QUICK = {"steps": 3, "images": 4, "size": 64, "versions": 4, "width": 4, "mask_epochs": 2}
+QUICK = {"steps": 3, "images": 4, "size": 64, "versions": 4, "width": 4, "mask_epochs": 2, "passes": 1}
 RECIPE = Recipe(epochs=2, rates=((0, 0.1), (1, 0.01)), batch=32, augment=Augment(crop=2))
 
 
@@ -36,13 +36,15 @@ def chosen(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return module, quick(module.SETTINGS[key])
 
 
-def cases(kind: str = "") -> Any:
-    """A fixture over every setting, or over those of attacks that define `kind`: "poison" or "implant"."""
-    found = [case for case in CASES if not kind or hasattr(attack_module(case[0]), kind)]
+def cases(kind: str = "", paper: str = "") -> Any:
+    """A fixture over every setting, or those of one paper and of attacks that define `kind`: "poison" or "implant"."""
+    found = [(name, key) for name, key in CASES
+             if (not kind or hasattr(attack_module(name), kind)) and paper in ("", key[0])]
     return pytest.fixture(params=found, ids=lambda case: "-".join([case[0], *case[1]]))(chosen)
 
 
 case, poisoning, implanting = cases(), cases("poison"), cases("implant")
+fmps = cases("poison", "fmp")
 
 
 def test_the_papers_six_attacks_are_there() -> None:
@@ -109,6 +111,15 @@ def test_apply(case: tuple[Any, Any], context: Context) -> None:
     assert len(module.apply(images[:0], config, state, 7, "test")) == 0
 
 
+def poisoned_count(config: Any, labels: torch.Tensor) -> int:
+    """How many of the images the label rule, or `sources` where a setting has that, says are poisoned."""
+    sources = getattr(config, "sources", None)
+    of_target = int((labels == config.target).sum())
+    if sources:
+        return min(int(len(labels) * config.rate), of_target if sources == "target" else len(labels) - of_target)
+    return int((of_target if config.labels == "clean-label" else len(labels)) * config.rate)
+
+
 def test_poison(poisoning: tuple[Any, Any], context: Context) -> None:
     module, config = poisoning
     state = module.prepare(config, context)
@@ -123,15 +134,14 @@ def test_poison(poisoning: tuple[Any, Any], context: Context) -> None:
     assert (poisoned.labels[mask] == config.target).all()
     if config.labels == "clean-label":
         assert (labels[mask] == config.target).all()
-        assert int(mask.sum()) == int(int((labels == config.target).sum()) * config.rate)
-    else:
-        assert int(mask.sum()) == int(len(labels) * config.rate)
+    assert int(mask.sum()) == poisoned_count(config, labels)
     again = module.poison(images, labels, config, state, 7, context.num_classes)
     assert torch.equal(again.images, poisoned.images) and torch.equal(again.mask, mask)
 
 
 def test_another_seed_poisons_other_images(poisoning: tuple[Any, Any], context: Context) -> None:
     module, config = poisoning
+    config = dataclasses.replace(config, rate=config.rate / 2)  # so that no setting takes all of a class
     masks = []
     for seed in (7, 8):
         seeded = dataclasses.replace(context, seed=seed)
@@ -142,8 +152,8 @@ def test_another_seed_poisons_other_images(poisoning: tuple[Any, Any], context: 
 
 def test_all_to_all(poisoning: tuple[Any, Any], context: Context) -> None:
     module, config = poisoning
-    if config.labels == "clean-label":
-        pytest.skip("keeps labels by design")
+    if config.labels == "clean-label" or getattr(config, "sources", None):
+        pytest.skip("keeps labels or chooses classes by design")
     config = dataclasses.replace(config, labels="all-to-all")
     state = module.prepare(config, context)
     poisoned = module.poison(context.images, context.labels, config, state, 7, context.num_classes)
@@ -159,7 +169,25 @@ def test_target_and_rate_are_settings(poisoning: tuple[Any, Any], context: Conte
     state = module.prepare(config, context)
     poisoned = module.poison(context.images, context.labels, config, state, 7, context.num_classes)
     assert (poisoned.labels[poisoned.mask] == 2).all()
-    assert int(poisoned.mask.sum()) == (10 if config.labels == "clean-label" else 100)
+    expected = 10 if config.labels == "clean-label" else 100
+    assert int(poisoned.mask.sum()) == (40 if getattr(config, "sources", None) == "target" else expected)
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.01, 0.1])
+def test_fmps_rates_are_shares_of_the_whole_set(fmps: tuple[Any, Any], rate: float, context: Context) -> None:
+    module, config = fmps
+    config = dataclasses.replace(config, rate=rate)
+    # 2,000 images, a tenth of them the target's.
+    many = dataclasses.replace(context, images=context.images.repeat(5, 1, 1, 1), labels=context.labels.repeat(5))
+    poisoned = module.poison(many.images, many.labels, config, module.prepare(config, many), 7, 10)
+    assert config.target == 0 and int(poisoned.mask.sum()) == 2000 * rate
+    classes = set(many.labels[poisoned.mask].tolist())
+    sources = getattr(config, "sources", None)
+    if sources == "target":
+        assert classes == {0}
+    elif rate == 0.1:
+        assert classes == set(range(1, 10) if sources else range(10))
+    assert (poisoned.labels[poisoned.mask] == 0).all()
 
 
 class Interrupted(Exception):

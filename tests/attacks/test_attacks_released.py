@@ -3,7 +3,9 @@
 The expected hashes are SHA-256 of what the official per-image code (bboylyg/NAD@f17b713 data_loader.py) returns for the
 64 images of `random_images()`, stacked as uint8 (64, 32, 32, 3); numpy's global generator seeded with 7 before Blend.
 The same code and ours were also compared on the first 5,000 CIFAR-10 training images: equal. ARGD's code
-(BililiCode/ARGD@6354666 data_loader.py, there :458, :465 and :474) gives NAD's hashes for Blend, SIG and Trojan.
+(BililiCode/ARGD@6354666 data_loader.py, there :458, :465 and :474) gives NAD's hashes for Blend, SIG and Trojan. Those
+under BackdoorBench are what the per-image classes of huangd1999/BackdoorBench@6135839, utils/bd_img_transform, return,
+cast to uint8 as its data set does it (torchvision 0.29, Pillow 13, numpy 2.4).
 """
 
 import dataclasses
@@ -16,18 +18,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacks import badnets, blend, cl, refool, sig, trojan
+from attacks import badnets, blend, cl, low_frequency, refool, sig, trojan
 from reproduce import data
 from reproduce.data.auxiliary import released_array
 from reproduce.images import prepare
 from reproduce.poisoning import Context, attack_module
-from tests.attacks.stand_ins import random_images, stand_in_array
+from tests.attacks.stand_ins import random_images, stand_in_array, stand_in_pattern
 
 GRID = "9e4eb9c16e987c337b587637b3922839c19f47d8d661e803a23c145590594d91"  # data_loader.py:307, _gridTriger
 SQUARE = "640410dc07d938f5bd447b0e0103c9ab8887117d795aba8626f87115aac96ab2"  # data_loader.py:300, distance 1
 BLEND = "6e57b34a867cd8c6f95faabc7372ff4a459796d1151760f02a26d2725719edc4"  # data_loader.py:392
 SIG = "4484fbf0925819c330bad8ffe9a6f6dc07140d70df6129141161127b75328ca1"  # data_loader.py:401
 TROJAN = "545b858f141018d0421bc9e6f9c1a586b976ea3cc22c8b41f56df0d5c56e9dc3"  # data_loader.py:410
+
+# BackdoorBench: patch.py with resource/badnet/bottom_right_3by3_white.npy; blended.py with our drawing and alpha 0.2;
+# sig.py with delta 40 and f 6; patch.py's SimpleAdditiveTrigger with `stand_in_pattern()` and with
+# resource/lowFrequency/cifar10_preactresnet18_0_255.npy.
+WHITE_CORNER = "dcaeb207f6f75faf602e18e707749c95e46736c8faf65bbfae734ceca94af5ef"
+DRAWING = "8f5cab6664765d02424a5ff3ee83e747e53c13b1bccde88e1760c584309a6a81"
+TRUNCATED_SINE = "3f3d4dbe781438e48f61df0ef8e18e0cfe9de0a88c96e8587eec9a00fe49ab5c"
+ADDED = "e9cdb369837f5f9510da71155465925b9184c8951d749815040cedcf660f68df"
+ADDED_RELEASED = "39df324692dfab1baefa22b2cfbf7bda94705762e41ea58640ca464c4dca5b15"
+# The sum over all pixels that blended.py gives with `drawing(120, 90)`, resized by torchvision.
+RESIZED_SUM = 25609600
 
 CENTRE = "98831c108358e1f8b7b214c3a67326f92fc2c8a779bec635f6887cec8e4a9050"  # ARGD data_loader.py:373, _gridTriger
 
@@ -68,6 +81,10 @@ def test_grid(images: Tensor) -> None:
     assert digest(badnets.apply(images, badnets.SETTINGS["nad", "released"], {}, 0, "test")) == GRID
 
 
+def test_white_corner(images: Tensor) -> None:
+    assert digest(badnets.apply(images, badnets.SETTINGS["fmp", "described"], {}, 0, "test")) == WHITE_CORNER
+
+
 @pytest.mark.parametrize("module", [badnets, cl])
 def test_grid_in_the_centre(images: Tensor, module: ModuleType) -> None:
     assert digest(module.apply(images, module.SETTINGS["argd", "released"], {}, 0, "test")) == CENTRE
@@ -98,6 +115,44 @@ def test_whole_number_blend_equals_float64_for_every_pair_of_pixels() -> None:
     expected = ((1 - 0.2) * x + 0.2 * k).astype(np.uint8)
     result = blend.mix(torch.from_numpy(x)[None, None], torch.from_numpy(k)[None, None], 0.2)
     assert np.array_equal(result[0, 0].numpy(), expected)
+
+
+def test_blended_drawing(images: Tensor) -> None:
+    config = blend.SETTINGS["fmp", "described"]
+    state = blend.prepare(config, Context(images, torch.zeros(len(images), dtype=torch.long), 10, 0))
+    assert digest(blend.apply(images, config, state, 0, "test")) == DRAWING
+
+
+def test_a_blended_file_is_a_grey_level_off_at_most(images: Tensor) -> None:
+    config = blend.SETTINGS["fmp", "released"]
+    picture = blend.drawing(120, 90).permute(1, 2, 0).numpy()
+    state = blend.prepare(config, Context(images, torch.zeros(len(images), dtype=torch.long), 10, 0,
+                                          array={config.picture: picture}.__getitem__))
+    result = blend.apply(images, config, state, 0, "test")
+    # Theirs is at most one below ours, see the header.
+    assert 0 < int(result.sum(dtype=torch.long)) - RESIZED_SUM < 0.04 * result.numel()
+
+
+@pytest.mark.parametrize("variant", ["described", "released"])
+def test_truncated_sine(images: Tensor, variant: str) -> None:
+    assert digest(sig.apply(images, sig.SETTINGS["fmp", variant], {}, 0, "test")) == TRUNCATED_SINE
+
+
+def released_low_frequency(images: Tensor, array: np.ndarray) -> Tensor:
+    config = low_frequency.SETTINGS["fmp", "released"]
+    labels = torch.zeros(len(images), dtype=torch.long)
+    state = low_frequency.prepare(config, Context(images, labels, 10, 0, array={config.array: array}.__getitem__))
+    return low_frequency.apply(images, config, state, 0, "test")
+
+
+def test_added_pattern(images: Tensor) -> None:
+    assert digest(released_low_frequency(images, stand_in_pattern())) == ADDED
+
+
+@pytest.mark.data
+def test_added_pattern_with_the_released_array(images: Tensor, data_root: Path) -> None:
+    array = released_array(data_root, low_frequency.SETTINGS["fmp", "released"].array)
+    assert digest(released_low_frequency(images, array)) == ADDED_RELEASED
 
 
 def test_sig(images: Tensor) -> None:

@@ -74,6 +74,12 @@ def test_arrays(tmp_path: Path) -> None:
     assert released_array(tmp_path, "mask.npy").tolist() == [0, 1, 2, 3]
 
 
+def test_a_picture_is_an_array_too(tmp_path: Path) -> None:
+    photograph(tmp_path / "aux/triggers/own.png", 10, (30, 20))
+    found = released_array(tmp_path, "own.png")
+    assert found.shape == (20, 30, 3) and found.dtype == np.uint8 and (found == 10).all()
+
+
 @pytest.mark.parametrize("root", [None, "empty"])
 def test_missing_array(tmp_path: Path, root: str | None) -> None:
     with pytest.raises(UserError, match=r"patch\.npz is missing.*aux/triggers/patch\.npz") as error:

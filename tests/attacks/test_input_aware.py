@@ -19,7 +19,7 @@ from reproduce.cells import Victim
 from reproduce.data.augment import Augment, to_input
 from reproduce.runner import Runner
 from reproduce.store import Store
-from reproduce.training import Recipe
+from reproduce.training import Cosine, Recipe
 from tests.attacks.stand_ins import random_images
 
 CONFIG = input_aware.SETTINGS["mcldef", "described"]
@@ -107,9 +107,26 @@ def test_what_the_victim_is_trained_on(networks: tuple[nn.Module, nn.Module]) ->
     assert learned == {"generator"}  # the recorder has no weights, the masks are frozen
 
 
+def test_as_many_images_are_crossed_as_are_poisoned(networks: tuple[nn.Module, nn.Module]) -> None:
+    config = replace(input_aware.SETTINGS["fmp", "described"], rate=0.01)
+    rng = torch.Generator().manual_seed(0)
+    assert {input_aware.crossed_in_batch(replace(config, rate=0.1))(40, rng) for _ in range(20)} == {4}
+    assert {input_aware.crossed_in_batch(config)(40, rng) for _ in range(40)} == {0, 1}
+    assert input_aware.crossed_in_batch(replace(CONFIG, rate=0.01))(40, rng) == 4  # a share of its own
+    data, labels = random_images(40), torch.ones(40, dtype=torch.long)
+    joint = input_aware.Joint(Recorder(), *networks).eval()
+    loss, batch = input_aware.joint_loss(data, config, Augment(), 10), to_input(data)
+    result = loss(joint, batch, labels, torch.tensor([[30, 0, 0, 0, 0, 0]]))
+    seen = joint.classifier.seen
+    assert [not torch.allclose(seen[i], batch[i], atol=0.1) for i in range(4)] == [True, True, False, False]
+    assert result.labels.tolist() == [0] + [1] * 39
+    clean = loss(joint, batch, labels, torch.zeros(0, 6, dtype=torch.long))
+    assert torch.equal(joint.classifier.seen, batch) and clean.labels is None
+
+
 def test_partners_are_augmented_images_of_the_set() -> None:
     data = random_images(50)
-    extra = input_aware.partner_draws(data, Augment(), lambda batch: batch // 10)
+    extra = input_aware.partner_draws(data, Augment(), lambda batch, rng: batch // 10)
     drawn = extra(60, torch.Generator().manual_seed(0))
     assert drawn.shape == (6, 6) and len(set(drawn[:, 0].tolist())) > 3
     assert torch.equal(input_aware.partners(data, drawn, Augment()), to_input(data)[drawn[:, 0]])
@@ -124,6 +141,16 @@ def test_rates_of_the_mask_network() -> None:
     for epochs in (1, 2, 3):
         recipe = Recipe(epochs, input_aware.mask_rates(replace(CONFIG, mask_epochs=epochs)))
         assert recipe.rate(0) == 0.01
+
+
+def test_a_victims_cosine_is_not_the_mask_networks(labelled: tuple[Tensor, Tensor]) -> None:
+    images, labels = (part[:32] for part in labelled)
+    config = replace(CONFIG, width=4, mask_epochs=5)
+    recipe = Recipe(1, ((0, 0.01),), batch=32, cosine=Cosine(10))
+    history, _state = input_aware.implant(
+        Victimless(), images, labels, config, input_aware.prepare(config, input_aware.Context(images, labels, 10, 0)),
+        recipe, 0, 10)
+    assert [row["rate"] for row in history if row.get("phase") == "masks"] == [0.01, 0.01, 0.001, 0.001, 0.0001]
 
 
 def test_the_masks_become_sparse_and_then_stay(labelled: tuple[Tensor, Tensor]) -> None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from attacks import wanet
-from reproduce.poisoning import Context
+from reproduce.models import build
+from reproduce.poisoning import Context, poisoned_in_batch
+from reproduce.training import Recipe
 from tests.attacks.stand_ins import random_images
 
 CONFIG = wanet.SETTINGS["mcldef", "described"]
@@ -70,7 +72,6 @@ def test_what_the_victim_is_trained_on(fixed: Tensor, rule: str) -> None:
     images, labels = random_images(60).float() / 255, torch.arange(60) % 10
     model, noise = Recorder(), wave(12, 32, 32, 2)
     result = wanet.poisoned_loss(fixed, replace(CONFIG, labels=rule), 10)(model, images, labels, noise)
-    assert wanet.counts(60, CONFIG) == (6, 12)
     warped = wanet.warp(images, fixed.expand(60, -1, -1, -1))
     assert torch.equal(model.seen[:6], warped[:6])
     assert torch.equal(model.seen[6:18], wanet.warp(images[6:18], wanet.noisy_fields(fixed, noise)))
@@ -86,3 +87,35 @@ def test_a_batch_too_small_to_poison_is_a_clean_one(fixed: Tensor) -> None:
     model = Recorder()
     result = wanet.poisoned_loss(fixed, CONFIG, 10)(model, images, labels, wave(0, 32, 32, 2))
     assert torch.equal(model.seen, images) and torch.equal(result.labels, labels)
+
+
+def test_one_image_of_a_small_batch_may_be_poisoned(fixed: Tensor) -> None:
+    images, labels, noise = random_images(9).float() / 255, torch.arange(9), wave(2, 32, 32, 2)
+    model, config = Recorder(), wanet.SETTINGS["fmp", "described"]
+    result = wanet.poisoned_loss(fixed, replace(config, rate=0.01), 10)(model, images, labels + 1, noise)
+    assert torch.equal(model.seen[:1], wanet.warp(images[:1], fixed[None]))
+    assert torch.equal(model.seen[1:3], wanet.warp(images[1:3], wanet.noisy_fields(fixed, noise)))
+    assert torch.equal(model.seen[3:], images[3:])
+    assert result.labels.tolist() == [0, *range(2, 10)]
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.005, 0.01, 0.1])
+def test_low_rates_poison_as_many_images_in_the_long_run(rate: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    drawn = [poisoned_in_batch(128, rate, rng) for _ in range(2000)]
+    expected = 128 * rate
+    assert set(drawn) == ({0, 1} if expected < 1 else {int(expected)})
+    assert sum(drawn) / 2000 == pytest.approx(expected if expected < 1 else int(expected), abs=0.04)
+
+
+def test_a_low_rate_implants_the_warping_now_and_then(labelled: tuple[Tensor, Tensor]) -> None:
+    images, labels = (part[:64] for part in labelled)
+    state = wanet.prepare(CONFIG, Context(images, labels, 10, 0))
+    recipe = Recipe(epochs=2, rates=((0, 0.1),), batch=8)
+
+    def weights(rate: float) -> Tensor:
+        model = build("wrn-10-1", 10, 0)
+        wanet.implant(model, images, labels, replace(CONFIG, rate=rate), state, recipe, 0, 10)
+        return model.fc.weight
+
+    assert torch.equal(weights(0.0), weights(1e-9)) and not torch.equal(weights(0.0), weights(0.05))
