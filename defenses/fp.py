@@ -90,6 +90,11 @@ def pruned_count(curve: list[float], tolerance: float) -> int:
     return beyond[0] - 1 if beyond else len(curve) - 1
 
 
+def points(tolerance: float, relative: bool, accuracy: float) -> float:
+    """A tolerance in percentage points; a relative one is a percentage of `accuracy`, which is in percent itself."""
+    return tolerance * accuracy / 100 if relative else tolerance
+
+
 @torch.no_grad()
 def prune(model: nn.Module, channels: Tensor) -> None:
     """Cut `channels` off from the classifier, in place, on any input.
