@@ -10,6 +10,11 @@ bit for bit, because `defenses.nad` calls `fine_tune` below with the same random
 Constants: bboylyg/NAD@f17b713. That repository has no fine-tuning script: its authors fine-tune by setting NAD's
 betas to 0 and give "5 to 10 epochs" for a teacher (issue #2).
 
+("fmp", "described") is the row of BackdoorBench v1, in the fork of FMP's authors huangd1999/BackdoorBench@6135839 (v1:
+defense/ft/ft.py, yaml: config/defense/ft/cifar10.yaml); which baselines FMP's paper compares with was not readable.
+That fork also keeps the last epoch. It flips CIFAR-10 only (utils/aggregate_block/dataset_and_transform_generate.py),
+and anneals over 100 epochs whatever their number.
+
 Departures. The paper's text was not readable to us. Of its recipe we know 10 epochs and momentum from a secondary
 source; the learning-rate rule of DESCRIBED is unconfirmed and its Cutout size unknown, so the released one is used.
 """
@@ -22,7 +27,7 @@ from torch import nn
 
 from reproduce.data.augment import Augment
 from reproduce.defending import Clean, Defended
-from reproduce.training import Observer, Recipe, cross_entropy, silent, train
+from reproduce.training import Cosine, Observer, Recipe, cross_entropy, silent, train
 
 RELEASED = Recipe(
     epochs=10,                                          # issue #2: 5 to 10; BackdoorBench te_epochs: 10
@@ -38,13 +43,24 @@ DESCRIBED = Recipe(
     augment=Augment(crop=4, flip=True, cutout=2),       # Cutout size not readable; released setting used
 )
 
+BENCH = Recipe(
+    epochs=100, rates=((0, 0.01),), batch=256,          # yaml
+    momentum=0.9, nesterov=False, weight_decay=5e-4,    # v1:171
+    augment=Augment(crop=4, flip=True),                 # get_transform
+    cosine=Cosine(100),                                 # v1:175
+)
+
 
 @dataclass(frozen=True)
 class Config:
     recipe: Recipe = RELEASED
 
 
-SETTINGS = {("nad", "described"): Config(DESCRIBED), ("nad", "released"): Config(RELEASED)}
+SETTINGS = {
+    ("nad", "described"): Config(DESCRIBED),
+    ("nad", "released"): Config(RELEASED),
+    ("fmp", "described"): Config(BENCH),
+}
 
 
 def requires(config: Config) -> frozenset[str]:
