@@ -15,10 +15,13 @@ during mask training (oc:173) and a perturbation that is not cut back to eps aft
 (oc:183-193), are the official code's.
 
 Which threshold. The official script prints test accuracy and ASR at each threshold of a grid and chooses none
-(pn:133-152); BackdoorBench@f02e353 stops where test accuracy has lost a relative 10 % (defense/anp.py). Both look at
-test data. Ours by default holds clean images out from the mask training and, going up the official grid, stops before
-held-out accuracy first falls by more than `tolerance` points: FP's rule. `info` has every mask value, so that what
-another threshold would have pruned can be told afterwards. A fixed threshold needs no held-out images.
+(pn:133-152); BackdoorBench@f02e353 stops where test accuracy has lost a relative 10 % (defense/anp.py). BackdoorBench
+v1, FMP's substrate (huangd1999/BackdoorBench@6135839: v1, defense/anp/anp.py), takes the lowest test ASR among the
+thresholds that change test accuracy by less than that (:266-269). All look at test data. Ours by default holds clean
+images out from the mask training and, going up the official grid, stops before held-out accuracy first falls by more
+than `tolerance`: FP's rule. In ("fmp", "described") that is a relative 10 %. The mask is kept with the run, so that
+what another threshold would have pruned can be told, and measured, afterwards. A fixed threshold needs no held-out
+images.
 
 Departures. Batches come from passes over the images instead of draws with replacement (oc:81), and `iterations` is
 rounded up to whole passes. Images are in [0, 1]; normalisation is a matter of the model. The paper's text was not
@@ -105,6 +108,8 @@ def check_choice(method: str, config: Choice) -> None:
 SETTINGS = {
     ("anp", "released"): Config(),
     ("mcldef", "described"): Config(),          # MCLDef names no settings: those of the method's own repository
+    ("fmp", "described"): Config(               # v1: config/defense/anp/cifar10.yaml, anp.py:266
+        tolerance=10.0, relative=True, recipe=replace(RELEASED, batch=256)),
 }
 
 

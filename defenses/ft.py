@@ -19,7 +19,7 @@ Departures. The paper's text was not readable to us. Of its recipe we know 10 ep
 source; the learning-rate rule of DESCRIBED is unconfirmed and its Cutout size unknown, so the released one is used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -75,9 +75,15 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
 
 
 def fine_tune(model: nn.Module, clean: Clean, recipe: Recipe, seed: int, *, phase: str = "teacher",
-              observe: Observer = silent, project: Callable[[nn.Module], None] | None = None) -> nn.Module:
-    """A copy of `model`, all of its layers trained on `clean`, in eval mode. The result depends on `phase` too."""
-    tuned = deepcopy(model).requires_grad_(True)
+              observe: Observer = silent, project: Callable[[nn.Module], None] | None = None,
+              only: Collection[str] | None = None) -> nn.Module:
+    """A copy of `model`, all of its layers or `only` those named trained on `clean`, in eval mode.
+
+    The result depends on `phase` too. The statistics of every BatchNorm follow the images either way.
+    """
+    tuned = deepcopy(model).requires_grad_(only is None)
+    for name in only or ():
+        tuned.get_submodule(name).requires_grad_(True)
     train(tuned, clean.images, clean.labels, recipe, seed, phase=phase, loss=cross_entropy, observe=observe,
           project=project)
-    return tuned
+    return tuned.requires_grad_(True)
