@@ -15,10 +15,13 @@ during mask training (oc:173) and a perturbation that is not cut back to eps aft
 (oc:183-193), are the official code's.
 
 Which threshold. The official script prints test accuracy and ASR at each threshold of a grid and chooses none
-(pn:133-152); BackdoorBench@f02e353 stops where test accuracy has lost a relative 10 % (defense/anp.py). Both look at
-test data. Ours by default holds clean images out from the mask training and, going up the official grid, stops before
-held-out accuracy first falls by more than `tolerance` points: FP's rule. `info` has every mask value, so that what
-another threshold would have pruned can be told afterwards. A fixed threshold needs no held-out images.
+(pn:133-152); BackdoorBench@f02e353 stops where test accuracy has lost a relative 10 % (defense/anp.py). BackdoorBench
+v1, FMP's substrate (huangd1999/BackdoorBench@6135839: v1, defense/anp/anp.py), takes the lowest test ASR among the
+thresholds that change test accuracy by less than that (:266-269). All look at test data. Ours by default holds clean
+images out from the mask training and, going up the official grid, stops before held-out accuracy first falls by more
+than `tolerance`: FP's rule. In ("fmp", "described") that is a relative 10 %. The mask is kept with the run, so that
+what another threshold would have pruned can be told, and measured, afterwards. A fixed threshold needs no held-out
+images.
 
 Departures. Batches come from passes over the images instead of draws with replacement (oc:81), and `iterations` is
 rounded up to whole passes. Images are in [0, 1]; normalisation is a matter of the model. The paper's text was not
@@ -28,6 +31,7 @@ readable to us; that it prunes at FIXED is unconfirmed, and no file of its repos
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import ceil
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +70,8 @@ class Config:
     tolerance: float = 4.0          # ours, as FP's: percentage points of held-out accuracy
     validation: float = 0.2         # ours, as FP's: share of the clean images held out
     recipe: Recipe = RELEASED
+    # Whether tolerance is a percentage of the victim's held-out accuracy instead.
+    relative: bool = field(default=False, metadata={"since": "FMP"})
 
     def __post_init__(self) -> None:
         if self.eps < 0 or self.steps < 1 or self.iterations < 1:
@@ -73,19 +79,37 @@ class Config:
                             f"eps={self.eps}, steps={self.steps}, iterations={self.iterations}")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"ANP's alpha weighs two losses and lies in [0, 1], not at {self.alpha}")
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            raise UserError(f"ANP's threshold lies in [0, 1), where masks do, not at {self.threshold}")
-        if not (self.spacing > 0 and 0 <= self.highest < 1):
-            raise UserError("ANP's grid of thresholds needs a positive spacing and an end in [0, 1), not "
-                            f"spacing={self.spacing}, highest={self.highest}")
-        if self.tolerance < 0 or not 0 < self.validation < 1:
-            raise UserError("ANP needs tolerance >= 0 and a held-out share in (0, 1), not "
-                            f"tolerance={self.tolerance}, validation={self.validation}")
+        check_choice("ANP", self)
+
+
+class Choice(Protocol):
+    """The part of a configuration that says which masked channels go; RNP has it too."""
+
+    threshold: float | None
+    highest: float
+    spacing: float
+    tolerance: float
+    validation: float
+    relative: bool
+
+
+def check_choice(method: str, config: Choice) -> None:
+    """Raises UserError for a threshold, grid or tolerance that cannot be."""
+    if config.threshold is not None and not 0 <= config.threshold < 1:
+        raise UserError(f"{method}'s threshold lies in [0, 1), where masks do, not at {config.threshold}")
+    if not (config.spacing > 0 and 0 <= config.highest < 1):
+        raise UserError(f"{method}'s grid of thresholds needs a positive spacing and an end in [0, 1), not "
+                        f"spacing={config.spacing}, highest={config.highest}")
+    if config.tolerance < 0 or not 0 < config.validation < 1:
+        raise UserError(f"{method} needs tolerance >= 0 and a held-out share in (0, 1), not "
+                        f"tolerance={config.tolerance}, validation={config.validation}")
 
 
 SETTINGS = {
     ("anp", "released"): Config(),
     ("mcldef", "described"): Config(),          # MCLDef names no settings: those of the method's own repository
+    ("fmp", "described"): Config(               # v1: config/defense/anp/cifar10.yaml, anp.py:266
+        tolerance=10.0, relative=True, recipe=replace(RELEASED, batch=256)),
 }
 
 
@@ -101,25 +125,34 @@ def work(config: Config, images: int, classes: int) -> float:
 
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
            clean_model: nn.Module | None = None) -> Defended:
-    """A copy of `model` without the channels whose mask ends at or below the threshold.
+    """A copy of `model` without the channels whose mask ends at or below the threshold; the rest as in `prune`."""
+    part, held_out = split(clean, config, seed)
+    return prune(model, train_mask(model, part, config, seed, observe), held_out, config)
+
+
+def split(clean: Clean, config: Choice, seed: int) -> tuple[Clean, Clean | None]:
+    """What masks are trained on, and what the threshold is chosen on unless it is fixed."""
+    return (clean, None) if config.threshold is not None else split_validation(clean, config.validation, seed)
+
+
+def prune(model: nn.Module, mask: Tensor, held_out: Clean | None, config: Choice) -> Defended:
+    """A copy of `model` without the channels whose mask, (C,), is at or below the fixed or chosen threshold.
 
     info: the threshold (None: even the lowest costs too much, nothing is pruned), the number of pruned channels and of
     all, all mask values in ascending order, and if it was chosen the held-out accuracy (percent) of the victim and at
-    every threshold of the grid.
+    every threshold of the grid. tensors: the mask in the order of `batch_norms`.
     """
-    part, held_out = (clean, None) if config.threshold is not None else split_validation(clean, config.validation, seed)
-    mask = train_mask(model, part, config, seed, observe)
     threshold, info = config.threshold, {}
     if held_out is not None:
         grid = thresholds(config)
         curve = pruning_curve(model, mask, grid, held_out)
-        count = fp.pruned_count(curve, config.tolerance)    # of the curve, whose first entry is the victim
-        threshold = grid[count - 1] if count else None
+        count = fp.pruned_count(curve, fp.points(config.tolerance, config.relative, curve[0]))
+        threshold = grid[count - 1] if count else None      # the curve's first entry is the victim
         info = {"validation_acc": curve[0], "validation_curve": list(zip(grid, curve[1:], strict=True))}
     channels = torch.zeros_like(mask, dtype=torch.bool) if threshold is None else mask <= threshold
     return Defended(pruned(model, channels), {
         "threshold": threshold, "pruned": int(channels.sum()), "channels": len(mask),
-        "masks": [round(value, 4) for value in mask.sort().values.tolist()], **info})
+        "masks": [round(value, 4) for value in mask.sort().values.tolist()], **info}, {"mask": mask})
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
@@ -204,7 +237,7 @@ def clamp_mask(masked: Masked) -> None:
     masked.mask.clamp_(0.0, 1.0)
 
 
-def thresholds(config: Config) -> list[float]:
+def thresholds(config: Choice) -> list[float]:
     """0, spacing, 2 spacing, ... highest."""
     return [round(k * config.spacing, 10) for k in range(round(config.highest / config.spacing) + 1)]
 

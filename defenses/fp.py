@@ -10,6 +10,12 @@ least active on clean data first, as long as clean accuracy holds; (2) fine-tune
 Accuracy is measured on a part of the defender's own clean images. BackdoorBench@f02e353 (defense/fp.py) ranks at the
 same place, the input of the classifier, but stops on test accuracy, with a relative 10 %.
 
+The rows of BackdoorBench v1 (huangd1999/BackdoorBench@6135839, the fork of FMP's authors: v1, defense/fp/fp.py) have
+that tolerance, here on held-out clean images, and keep the last epoch instead of that with the best test accuracy
+(v1:535). Before pruning v1 freezes the model (:162), and in the copy that it fine-tunes only the two layers that
+pruning replaced take gradients, the last convolution and the classifier (:309-312): ("fmp", "released").
+BackdoorBench@f02e353 thaws it first (:400), and ("fmp", "described") trains all layers.
+
 Departures. In a pre-activation ResNet the last convolution adds to a residual stream, so its own filters cannot switch
 a channel off: we prune the channel after the sum, by setting scale and shift of the final BatchNorm to 0, which makes
 the classifier's input exactly 0. ResNet-18, PreAct-ResNet18 and VGG-19 have no BatchNorm there: their channels are cut
@@ -20,7 +26,7 @@ FT row.
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -35,12 +41,23 @@ from reproduce.training import Observer, Recipe, silent
 
 @dataclass(frozen=True)
 class Config:
+    """relative: the tolerance is a percentage of the victim's accuracy. last: train the last two layers only."""
+
     tolerance: float = 4.0          # ours: percentage points of validation accuracy
     validation: float = 0.2         # ours: share of the clean images
     recipe: Recipe = ft.RELEASED
+    relative: bool = field(default=False, metadata={"since": "FMP"})
+    last: bool = field(default=False, metadata={"since": "FMP"})
 
 
-SETTINGS = {("nad", "described"): Config(recipe=ft.DESCRIBED), ("nad", "released"): Config()}
+BENCH = Config(tolerance=10.0, relative=True, recipe=ft.BENCH)      # v1:474, config/defense/fp/cifar10.yaml, v1:490
+
+SETTINGS = {
+    ("nad", "described"): Config(recipe=ft.DESCRIBED),
+    ("nad", "released"): Config(),
+    ("fmp", "described"): BENCH,
+    ("fmp", "released"): replace(BENCH, last=True),
+}
 
 
 def requires(config: Config) -> frozenset[str]:
@@ -58,11 +75,12 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     repaired = deepcopy(model).eval()
     order = activations(repaired, ranking.images).mean(0).argsort()
     curve = pruning_curve(activations(repaired, validation.images), validation.labels, order, classifier(repaired))
-    count = pruned_count(curve, config.tolerance)
+    count = pruned_count(curve, points(config.tolerance, config.relative, curve[0]))
     pruned = order[:count]
     prune(repaired, pruned)
     repaired = ft.fine_tune(repaired, clean, config.recipe, seed, phase="pruned", observe=observe,
-                            project=partial(prune, channels=pruned))
+                            project=partial(prune, channels=pruned),
+                            only=last_layers(repaired) if config.last else None)
     return Defended(repaired, {"pruned": sorted(pruned.tolist()), "channels": len(order),
                                "validation_acc": curve[0], "validation_acc_pruned": curve[count]})
 
@@ -89,6 +107,11 @@ def pruned_count(curve: list[float], tolerance: float) -> int:
     return beyond[0] - 1 if beyond else len(curve) - 1
 
 
+def points(tolerance: float, relative: bool, accuracy: float) -> float:
+    """A tolerance in percentage points; a relative one is a percentage of `accuracy`, which is in percent itself."""
+    return tolerance * accuracy / 100 if relative else tolerance
+
+
 @torch.no_grad()
 def prune(model: nn.Module, channels: Tensor) -> None:
     """Cut `channels` off from the classifier, in place, on any input.
@@ -102,3 +125,11 @@ def prune(model: nn.Module, channels: Tensor) -> None:
         last.bias.index_fill_(0, channels, 0.0)
     else:
         classifier(model).weight.index_fill_(1, channels, 0.0)
+
+
+def last_layers(model: nn.Module) -> list[str]:
+    """The names of the last convolution that is wider than a pixel, and of the classifier."""
+    convolutions = [name for name, module in model.named_modules()
+                    if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [convolutions[-1], linear[-1]]

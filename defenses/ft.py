@@ -10,11 +10,16 @@ bit for bit, because `defenses.nad` calls `fine_tune` below with the same random
 Constants: bboylyg/NAD@f17b713. That repository has no fine-tuning script: its authors fine-tune by setting NAD's
 betas to 0 and give "5 to 10 epochs" for a teacher (issue #2).
 
+("fmp", "described") is the row of BackdoorBench v1, in the fork of FMP's authors huangd1999/BackdoorBench@6135839 (v1:
+defense/ft/ft.py, yaml: config/defense/ft/cifar10.yaml); which baselines FMP's paper compares with was not readable.
+That fork also keeps the last epoch. It flips CIFAR-10 only (utils/aggregate_block/dataset_and_transform_generate.py),
+and anneals over 100 epochs whatever their number.
+
 Departures. The paper's text was not readable to us. Of its recipe we know 10 epochs and momentum from a secondary
 source; the learning-rate rule of DESCRIBED is unconfirmed and its Cutout size unknown, so the released one is used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -22,7 +27,7 @@ from torch import nn
 
 from reproduce.data.augment import Augment
 from reproduce.defending import Clean, Defended
-from reproduce.training import Observer, Recipe, cross_entropy, silent, train
+from reproduce.training import Cosine, Observer, Recipe, cross_entropy, silent, train
 
 RELEASED = Recipe(
     epochs=10,                                          # issue #2: 5 to 10; BackdoorBench te_epochs: 10
@@ -38,13 +43,24 @@ DESCRIBED = Recipe(
     augment=Augment(crop=4, flip=True, cutout=2),       # Cutout size not readable; released setting used
 )
 
+BENCH = Recipe(
+    epochs=100, rates=((0, 0.01),), batch=256,          # yaml
+    momentum=0.9, nesterov=False, weight_decay=5e-4,    # v1:171
+    augment=Augment(crop=4, flip=True),                 # get_transform
+    cosine=Cosine(100),                                 # v1:175
+)
+
 
 @dataclass(frozen=True)
 class Config:
     recipe: Recipe = RELEASED
 
 
-SETTINGS = {("nad", "described"): Config(DESCRIBED), ("nad", "released"): Config(RELEASED)}
+SETTINGS = {
+    ("nad", "described"): Config(DESCRIBED),
+    ("nad", "released"): Config(RELEASED),
+    ("fmp", "described"): Config(BENCH),
+}
 
 
 def requires(config: Config) -> frozenset[str]:
@@ -59,9 +75,15 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
 
 
 def fine_tune(model: nn.Module, clean: Clean, recipe: Recipe, seed: int, *, phase: str = "teacher",
-              observe: Observer = silent, project: Callable[[nn.Module], None] | None = None) -> nn.Module:
-    """A copy of `model`, all of its layers trained on `clean`, in eval mode. The result depends on `phase` too."""
-    tuned = deepcopy(model).requires_grad_(True)
+              observe: Observer = silent, project: Callable[[nn.Module], None] | None = None,
+              only: Collection[str] | None = None) -> nn.Module:
+    """A copy of `model`, all of its layers or `only` those named trained on `clean`, in eval mode.
+
+    The result depends on `phase` too. The statistics of every BatchNorm follow the images either way.
+    """
+    tuned = deepcopy(model).requires_grad_(only is None)
+    for name in only or ():
+        tuned.get_submodule(name).requires_grad_(True)
     train(tuned, clean.images, clean.labels, recipe, seed, phase=phase, loss=cross_entropy, observe=observe,
           project=project)
-    return tuned
+    return tuned.requires_grad_(True)

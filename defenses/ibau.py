@@ -19,7 +19,9 @@ own predictions stand for the labels (:226): all official.
 
 The radius. README and notebook confine d (nb:14); in defense.py, as in BackdoorBench@f02e353 (defense/i-bau.py), that
 line is a comment and d is used as it is. We confine it; `radius=None` does not. Rounds are defense.py's 5; its README
-shows 3 and the notebook makes 1.
+shows 3 and the notebook makes 1. ("fmp", "described") is the row of BackdoorBench v1 (huangd1999/BackdoorBench@6135839,
+the fork of FMP's authors: v1, defense/i-bau/i-bau.py), which does not confine d either. There d, and so its step and
+its penalty, are in units of normalised images, ours of images in [0, 1]; on GTSRB these are the same.
 
 Departures. `portion` of a batch is at least one image, where the official code has none in batches below 100. The
 series has no early stop, which only saves time once it has converged to 1e-10. The official clean images are the first
@@ -66,6 +68,8 @@ class Config:
 SETTINGS = {
     ("ibau", "released"): Config(),
     ("mcldef", "described"): Config(),      # MCLDef links the repository and names no settings
+    ("fmp", "described"): Config(           # v1: config/defense/i-bau/cifar10.yaml; i-bau.py:409-410
+        rate=1e-4, radius=None),
 }
 
 

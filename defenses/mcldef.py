@@ -136,7 +136,7 @@ def requires(config: Config) -> frozenset[str]:
 def work(config: Config, images: int, classes: int) -> float:
     """Stage 1, and what it takes to find the target."""
     steps = (config.mask if config.inversion == "mask" else config.pixel).steps
-    return steps * images + (nc.inversion_work(config.estimate, classes) if config.target is None else 0)
+    return steps * images + (nc.inversion_work(config.estimate, images, classes) if config.target is None else 0)
 
 
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,

@@ -15,6 +15,14 @@ distance by 0.49 / 3.9 / 15.6. Once scaled, "sum-p" and "mean-p" are the same ma
 ("nad", "released-2021") is the code as committed with the published numbers and until 2022-01-10: its distillation
 term is detached and has no gradient, so it is plain fine-tuning, bit for bit that of `without_distillation`.
 
+("fmp", "described") is the row of BackdoorBench v1 (huangd1999/BackdoorBench@6135839, the fork of FMP's authors: v1,
+defense/nad/nad.py, yaml: config/defense/nad/cifar10.yaml) for PreAct-ResNet18, at the last epoch instead of that with
+the best test accuracy (v1:543). What differs from what its configuration seems to say: the three taps are its last two
+residual groups and the pooled features (:192-206), whose map is one pixel, of length 1 whatever it is, so that beta3
+weighs nothing; and the student's rate is set anew every epoch (:118-129, :172), over the cosine's, to 0.01 for 20
+epochs and 1e-4 for 80. Its student also sees every batch four times in train mode (:191-205), which moves the running
+statistics four times as often; ours sees it once.
+
 Departures. Teacher and student share one clean subset (official runs draw one each). The official demo's teacher is
 no fine-tuned copy of the student; ours is, as README and issue #2 say. The paper's text was not readable to us: its
 beta, chosen per attack, is missing, and the rest of ("nad", "described") is unconfirmed.
@@ -51,6 +59,8 @@ BETA = 2.0
 
 @dataclass(frozen=True)
 class Config:
+    """layers: where attention is tapped; none named: the model's own last taps, one for each beta."""
+
     layers: tuple[str, ...] = ("block1", "block2", "block3")    # models/wresnet.py:86-97
     betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)          # config.py:22-24
     attention: Literal["sum", "sum-p", "mean-p", "max-p"] = "sum-p"     # at.py:27-33
@@ -64,7 +74,7 @@ class Config:
     recipe: Recipe = STUDENT
 
     def __post_init__(self) -> None:
-        if len(self.betas) != len(self.layers):
+        if self.layers and len(self.betas) != len(self.layers):
             raise UserError(f"NAD needs one beta per layer, not {len(self.betas)} for {len(self.layers)} layers")
         if self.teacher_model and self.teacher != "scratch":
             raise UserError("NAD's teacher_model applies to teacher='scratch' only")
@@ -82,6 +92,11 @@ SETTINGS = {
         betas=(BETA,) * 3,                              # ours
         teacher_recipe=ft.DESCRIBED, recipe=ft.DESCRIBED,
     ),
+    ("fmp", "described"): Config(
+        layers=(), betas=(500.0, 1000.0),               # yaml, v1:228-230; beta3 has no effect
+        teacher_recipe=replace(ft.BENCH, epochs=10),    # yaml te_epochs, v1:494-499
+        recipe=replace(ft.BENCH, rates=((0, 0.01), (20, 1e-4)), cosine=None),      # v1:118-126
+    ),
 }
 
 
@@ -98,6 +113,7 @@ def without_distillation(config: Config) -> Config:
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
            clean_model: nn.Module | None = None) -> Defended:
     """The student, trained from a copy of `model`. With every beta 0 no teacher is made."""
+    config = replace(config, layers=tapped(model, config))
     teacher = make_teacher(model, clean, config, seed, observe, clean_model) if any(config.betas) else None
     student = deepcopy(model).requires_grad_(True)
     train(student, clean.images, clean.labels, config.recipe, seed, phase="student",
@@ -152,6 +168,14 @@ def distillation(teacher: nn.Module | None, config: Config) -> LossFunction:
         return Loss(sum(terms.values()), logits, terms)
 
     return loss
+
+
+def tapped(model: nn.Module, config: Config) -> tuple[str, ...]:
+    """The layers of `model` whose attention is distilled, one for each beta."""
+    taps = config.layers or model.taps[-len(config.betas):]
+    if len(taps) != len(config.betas):
+        raise UserError(f"NAD has {len(config.betas)} betas, {type(model).__name__} {len(taps)} layers to tap")
+    return taps
 
 
 def attention_map(feature: Tensor, attention: str = "sum-p", p: float = 2.0) -> Tensor:

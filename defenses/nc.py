@@ -15,6 +15,11 @@ Which labels are unlearnt. Neural Cleanse leaves a model without an outlier alon
 victim is known to be backdoored, so we then unlearn the label of the smallest mask; `only_flagged` restores the rule,
 and `info` always has the index. Several flagged labels share the stamped images evenly (bench: a copy for each).
 
+("fmp", "described") is the row of BackdoorBench v1 (huangd1999/BackdoorBench@6135839, the fork of FMP's authors: v1,
+defense/nc/nc.py, yaml: config/defense/nc/cifar10.yaml). It leaves a model without an outlier as it is (v1:596-602), and
+keeps the epoch of best test accuracy (:728), where ours keeps the last. It also inverts on cropped and flipped images
+(:258) and unlearns trigger images whose mask was stretched to [0, 1] on its way through a file (:251, :623), ours not.
+
 Departures. Adam works on each value by itself and the model is in eval mode, so all classes are inverted at once, on
 the same batches, with the results of inverting one after the other. `steps` is reduced. Norms are those of the masks,
 not of the masks rounded to 8 bits. Images are in [0, 1] without normalisation.
@@ -22,14 +27,16 @@ not of the masks rounded to 8 bits. Images are in [0, 1] without normalisation.
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
+from math import ceil
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defenses import ft
 from reproduce.data.augment import Augment, apply, draw, take, to_input
 from reproduce.defending import Clean, Defended
 from reproduce.errors import UserError
@@ -43,8 +50,9 @@ REPORT = 10     # every how many steps an inversion reports
 class Inversion:
     """How to search for triggers. A step is `batches` batches; the schedule moves between steps."""
 
+    # batches: None is one pass over the clean images. ones: start from an almost full, white trigger, not a random one.
     steps: int = field(default=80, metadata={"smoke": 6})      # bench nc_epoch; gtsrb_visualize_example.py:53 has 1000
-    batches: int = field(default=31, metadata={"smoke": 2})     # :54-55, 1000 // 32
+    batches: int | None = field(default=31, metadata={"smoke": 2})     # :54-55, 1000 // 32
     batch: int = 32                             # :51
     rate: float = 0.1                           # :52
     betas: tuple[float, float] = (0.5, 0.9)     # visualizer.py:250
@@ -55,9 +63,10 @@ class Inversion:
     patience: int = 5                           # :61
     stop_ratio: float = 1.0                     # :66
     stop_patience: int = 25                     # :67
+    ones: bool = field(default=False, metadata={"since": "FMP"})
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batches, self.batch, self.patience) < 1 or not 0 < self.success <= 1:
+        if min(self.steps, self.batches or 1, self.batch, self.patience) < 1 or not 0 < self.success <= 1:
             raise UserError("inversion needs steps, batches, batch and patience of at least 1 and a success in (0, 1]")
 
 
@@ -91,6 +100,16 @@ class Config:
 SETTINGS = {
     ("mcldef", "described"): Config(),
     ("mcldef", "granted"): Config(target=5),    # ours: NC with the knowledge the released MCLDef has
+    ("fmp", "described"): Config(
+        only_flagged=True,                      # v1:596-602
+        inversion=Inversion(
+            batches=None, batch=256,            # yaml batch_size, v1:314
+            success=0.98, from_zero=False,      # yaml atk_succ_threshold; v1:208
+            stop_ratio=0.99,                    # yaml early_stop_threshold
+            ones=True,                          # v1:560-561
+        ),
+        recipe=ft.BENCH,                        # yaml, v1:652-656
+    ),
 }
 
 
@@ -101,12 +120,12 @@ def requires(config: Config) -> frozenset[str]:
 
 def work(config: Config, images: int, classes: int) -> float:
     """The inversion of every class, or of the one it is told."""
-    return inversion_work(config.inversion, 1 if config.target is not None else classes)
+    return inversion_work(config.inversion, images, 1 if config.target is not None else classes)
 
 
-def inversion_work(settings: Inversion, classes: int) -> float:
+def inversion_work(settings: Inversion, images: int, classes: int) -> float:
     """Images that go forwards and backwards, if no class stops early."""
-    return settings.steps * settings.batches * settings.batch * classes
+    return settings.steps * (settings.batches * settings.batch if settings.batches else images) * classes
 
 
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
@@ -223,9 +242,13 @@ class Search:
 
 def invert_classes(model: nn.Module, clean: Clean, classes: Sequence[int], settings: Inversion, seed: int,
                    observe: Observer = silent, phase: str = "inversion") -> Inverted:
-    """`invert` on the clean images, pass after pass, from random masks and patterns."""
+    """`invert` on the clean images, pass after pass, from random masks and patterns or full ones."""
     rng, device = generator(seed, "trigger", phase), clean.images.device
     start = torch.rand((len(classes), 4, *clean.images.shape[-2:]), generator=rng).sub_(0.5).mul_(2 - 1e-6).atanh_()
+    if settings.ones:
+        start.fill_(1.0)
+    if settings.batches is None:
+        settings = replace(settings, batches=ceil(len(clean.images) / settings.batch))
     batches = chain.from_iterable(one_pass(clean.images, settings.batch, generator(seed, "order", phase, number))
                                   for number in count())
     return invert(frozen(model), batches, tuple(classes), start.to(device), settings, observe, phase)

@@ -133,7 +133,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
           loss: LossFunction = cross_entropy, observe: Observer = silent, checkpoint: Checkpoint | None = None,
           project: Callable[[nn.Module], None] | None = None,
           extra: Callable[[int, torch.Generator], Tensor] | None = None,
-          optimizers: Optimizers = single_sgd) -> list[dict[str, float]]:
+          optimizers: Optimizers = single_sgd,
+          until: Callable[[dict[str, float]], bool] | None = None) -> list[dict[str, float]]:
     """Train `model` in place by SGD and leave it in eval mode; return one row of numbers per epoch.
 
     images: uint8 (N, 3, H, W) and labels: int64 (N,), both on the model's device.
@@ -143,6 +144,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
     fourth argument. The generator is the epoch's own, so the other streams are the same with and without it.
     optimizers makes what descends. The first one's rate is the recipe's; the others start at the rate they are made
     with and fall when the recipe's falls, by the same factor.
+    until, if given, ends the training after the first epoch of whose row it is true.
     """
     descending = optimizers(model, recipe)
     history: list[dict[str, float]] = []
@@ -152,6 +154,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
         history = saved[2]
     step = _Step(model, descending, loss, recipe, images, labels, project)
     for epoch in range(len(history), recipe.epochs):
+        if until and history and until(history[-1]):
+            break
         step.set_rate(recipe.rate(epoch))
         with own_dropout(model, images.device, derive(seed, "dropout", phase, epoch)):
             numbers = _epoch(step, recipe, seed, phase, epoch, extra)

@@ -148,6 +148,22 @@ def test_stops_before_accuracy_first_falls_too_far(curve, expected, victim, clea
     assert same(result.model, victim) == (expected is None)
 
 
+@pytest.mark.parametrize(("relative", "expected"), [(False, 0.1), (True, 0.0)])
+def test_a_relative_tolerance_is_a_share_of_the_victims_accuracy(relative, expected, victim, clean, monkeypatch):
+    monkeypatch.setattr(anp, "train_mask", lambda *arguments: wave((240,), 1.0).abs())
+    monkeypatch.setattr(anp, "pruning_curve", lambda *arguments: [50.0, 46.0, 44.0, 40.0] + [30.0] * 16)
+    config = replace(anp.SETTINGS["fmp", "described"], relative=relative)
+    assert config.tolerance == 10.0 and anp.SETTINGS["fmp", "described"].relative
+    assert anp.defend(victim, clean, config, 5).info["threshold"] == expected
+
+
+def test_the_mask_is_kept_so_that_other_thresholds_can_be_tried(victim, clean, shorten, same):
+    fixed = anp.defend(victim, clean, shorten(anp.Config(threshold=0.9)), 5)
+    other = anp.defend(victim, clean, shorten(anp.Config(threshold=0.8)), 5)
+    assert fixed.info["pruned"] > other.info["pruned"]
+    assert same(anp.pruned(victim, fixed.tensors["mask"] <= 0.8), other.model)
+
+
 def test_reports_every_mask(victim, clean, shorten):
     rows = []
     result = anp.defend(victim, clean, shorten(anp.Config(threshold=0.9)), 5,

@@ -14,6 +14,7 @@ from reproduce.plugins import names
 
 MODULES = [name for name in names(Path(__file__).parents[2] / "defenses")
            if not hasattr(defense_module(name), "MODALITY")]
+DATA_FREE = {"clp"}     # nothing is trained or drawn
 CASES = [(name, *key) for name in MODULES for key in defense_module(name).SETTINGS]
 
 
@@ -57,9 +58,13 @@ def test_defends_a_copy_repeatably_and_reports(name, paper, variant, victim, cle
     assert clean.images.equal(images) and clean.labels.equal(labels)
     assert isinstance(first, Defended) and type(first.model) is type(victim) and not first.model.training
     assert not {p.data_ptr() for p in first.model.parameters()} & {p.data_ptr() for p in victim.parameters()}
-    assert same(first.model, second.model) and not same(first.model, third.model)
-    assert not same(first.model, victim)
-    assert heard and len({(phase, epoch) for phase, epoch, _ in heard}) == len(heard), "phases must have distinct names"
+    assert same(first.model, second.model)
+    # A defense that finds nothing to prune or to unlearn says so and leaves the model alone.
+    idle = first.info.get("pruned") == 0 or first.info.get("unlearnt") == []
+    assert same(first.model, victim) == idle
+    assert same(first.model, third.model) <= (idle or name in DATA_FREE)
+    assert heard or name in DATA_FREE
+    assert len({(phase, epoch) for phase, epoch, _ in heard}) == len(heard), "phases must have distinct names"
     json.dumps(first.info, allow_nan=False)
 
 

@@ -81,3 +81,28 @@ def test_channels_of_a_resnet_are_cut_off_at_the_classifier(clean):
     fp.prune(model, channels)
     with torch.no_grad():
         torch.testing.assert_close(model(to_input(images)), model.linear(active), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [
+    ("wrn-10-1", ["block3.layer.0.conv2", "fc"]), ("resnet-18", ["layer4.1.conv2", "linear"])])
+def test_last_layers_are_a_wide_convolution_and_the_classifier(architecture, layers):
+    assert fp.last_layers(build(architecture, 10, seed=0)) == layers
+
+
+def test_a_relative_tolerance_is_a_share_of_the_victims_accuracy(victim, clean, shorten, monkeypatch):
+    monkeypatch.setattr(fp, "pruning_curve", lambda *arguments: [50.0, 46.0, 45.0, 44.0] + [40.0] * 60)
+    points, percent = (len(fp.defend(victim, clean, replace(shorten(fp.Config()), tolerance=10.0, relative=relative),
+                                     5).info["pruned"]) for relative in (False, True))
+    assert (points, percent) == (63, 2)     # down to 40, and to 45
+
+
+def test_as_released_by_the_bench_only_the_last_layers_learn(victim, clean, shorten):
+    tuned = {}
+    for variant in ("described", "released"):
+        config = replace(shorten(fp.SETTINGS["fmp", variant]), validation=0.5)
+        result = fp.defend(victim, clean, config, 5)
+        assert config.relative and config.tolerance == 10.0
+        tuned[variant] = {name for name, value in result.model.named_parameters()
+                          if not torch.equal(value, victim.get_parameter(name)) and "bn1" not in name}
+    assert tuned["released"] == {"block3.layer.0.conv2.weight", "fc.weight", "fc.bias"}
+    assert tuned["described"] == {name for name, _ in victim.named_parameters() if "bn1" not in name}

@@ -23,3 +23,21 @@ def test_learns(victim, clean):
     recipe = Recipe(epochs=5, rates=((0, 0.02), (4, 0.002)), batch=10)
     tuned = ft.defend(victim, clean, ft.Config(recipe), 4).model
     assert (predict(tuned, clean.images) == clean.labels).float().mean() > 0.9
+
+
+def test_trains_only_the_layers_it_is_told_to(victim, clean):
+    recipe = Recipe(epochs=1, rates=((0, 0.02),), batch=50, weight_decay=0.1)
+    tuned = ft.fine_tune(victim, clean, recipe, 4, only=["block1", "fc"])
+    moved = {name for name, value in tuned.named_parameters() if not torch.equal(value, victim.get_parameter(name))}
+    assert moved == {name for name, _ in victim.named_parameters() if name.startswith(("block1.", "fc."))}
+    assert not torch.equal(tuned.bn1.running_mean, victim.bn1.running_mean)
+    assert all(parameter.requires_grad for parameter in tuned.parameters())
+
+
+def test_the_rate_of_the_bench_is_torchs_cosine():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+    for epoch in range(100):
+        assert abs(ft.BENCH.rate(epoch) - optimizer.param_groups[0]["lr"]) < 1e-9
+        optimizer.step()
+        scheduler.step()

@@ -111,6 +111,10 @@ def test_each_batch_sees_the_confined_perturbation_on_its_share_of_images(radius
     assert norms == pytest.approx([radius or found[0]] * 3, rel=1e-4)
 
 
+def test_the_bench_confines_nothing_and_descends_slowly():
+    assert ibau.SETTINGS["fmp", "described"] == ibau.Config(rounds=5, terms=5, batch=100, rate=1e-4, radius=None)
+
+
 def test_trains_every_weight_and_no_statistic(victim, clean):
     rows = []
     result = ibau.defend(victim, clean, ibau.Config(rounds=2, batch=50), 5,

@@ -156,6 +156,22 @@ def test_contradictory_settings_are_refused(changes):
         replace(nad.Config(), **changes)
 
 
+def test_without_names_the_models_last_layers_are_tapped(victim, clean, shorten):
+    rows = []
+    config = shorten(nad.SETTINGS["fmp", "described"])
+    nad.defend(victim, clean, config, 5, observe=lambda *heard: rows.append(heard))
+    assert {name for name in rows[-1][-1] if "attention" in name} == {"attention.block2", "attention.block3"}
+    assert nad.tapped(build("resnet-18", 10, seed=0), config) == ("layer3", "layer4")
+    with pytest.raises(UserError, match="4 betas"):
+        nad.defend(victim, clean, replace(config, betas=(1.0,) * 4), 5)
+
+
+def test_the_bench_sets_the_students_rate_by_hand():
+    # adjust_learning_rate of huangd1999/BackdoorBench@6135839, defense/nad/nad.py:118-129, at lr 0.01.
+    rates = [nad.SETTINGS["fmp", "described"].recipe.rate(epoch) for epoch in range(100)]
+    assert rates == [0.01] * 20 + [1e-4] * 80
+
+
 def test_a_missing_clean_model_is_named(victim, clean, shorten):
     with pytest.raises(UserError, match="clean model"):
         nad.defend(victim, clean, replace(shorten(nad.Config()), teacher="clean"), 7)

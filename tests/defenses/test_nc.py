@@ -49,6 +49,26 @@ def test_inversion_is_the_peers():
     assert (found_pattern * wave((3, 12, 12), 1.7)).sum().item() == pytest.approx(pattern, rel=1e-2)
 
 
+def test_the_bench_inverts_like_the_peer_one_pass_at_a_time_from_full_triggers(victim, clean, monkeypatch):
+    bench = nc.SETTINGS["fmp", "described"].inversion
+    assert replace(bench, batches=3, batch=8, ones=False) == PEER_SETTINGS
+    seen, starts, invert = [], [], nc.invert
+
+    def watched(model, stream, classes, start, settings, *rest):
+        starts.append(start)
+        return invert(model, (seen.append(len(part)) or part for part in stream), classes, start, settings, *rest)
+
+    monkeypatch.setattr(nc, "invert", watched)
+    nc.invert_classes(victim, clean, (1, 2), replace(bench, steps=2, batch=40), 5)
+    assert seen == [40, 40, 20] * 2
+    assert (starts[0] == 1).all() and starts[0].shape == (2, 4, 16, 16)
+
+
+def test_work_of_a_pass_is_its_images():
+    passes, counted = nc.Inversion(steps=7, batches=None), nc.Inversion(steps=7, batches=3, batch=10)
+    assert nc.inversion_work(passes, 250, 4) == 7 * 250 * 4 and nc.inversion_work(counted, 250, 4) == 7 * 30 * 4
+
+
 def test_classes_inverted_together_are_those_inverted_one_by_one():
     start = torch.stack([wave((4, 12, 12), 0.9, k) for k in range(4)])
     settings = replace(PEER_SETTINGS, steps=40, patience=1, stop_patience=2)

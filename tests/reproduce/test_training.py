@@ -193,6 +193,20 @@ def test_projection_is_applied_after_every_step(batch: tuple) -> None:
     assert model.fc.weight[:, 0].abs().max() == 0 and model.fc.weight[:, 1].abs().max() > 0
 
 
+def test_ends_after_the_epoch_it_is_told_to(batch: tuple, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Progress, "interval", 0.0)
+    whole, stopped = build("wrn-10-1", 10, 0), build("wrn-10-1", 10, 0)
+    history = train(whole, *batch, replace(RECIPE, epochs=2), 0, phase="v")
+    assert train(stopped, *batch, RECIPE, 0, phase="v", until=lambda row: row["epoch"] == 2,
+                 checkpoint=Progress(tmp_path / "p")) == history
+    assert torch.equal(weights(stopped), weights(whole)) and not stopped.training
+    # Resumed from what it left, it trains no further.
+    resumed = build("wrn-10-1", 10, 7)
+    assert train(resumed, *batch, RECIPE, 0, phase="v", until=lambda row: row["epoch"] == 2,
+                 checkpoint=Progress(tmp_path / "p")) == history
+    assert torch.equal(weights(resumed), weights(whole))
+
+
 def test_predictions_do_not_depend_on_the_batch(batch: tuple) -> None:
     model = build("wrn-10-1", 10, 0).eval()
     assert torch.equal(predict(model, batch[0], batch=7), predict(model, batch[0], batch=80))
