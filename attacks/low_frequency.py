@@ -18,7 +18,7 @@ that changed most is kept. DeepFool with z the logits, l the class at its start:
 Constants and procedure of "described": YiZeng623/frequency-backdoor@99a16a7, Sec5_Smooth_Trigger (universal_pert.py,
 deepfool.py, gauss_smooth.py). "released" adds the array that BackdoorBench distributes, which FMP's code builds on
 (huangd1999/BackdoorBench@6135839, resource/lowFrequency/{data set}_preactresnet18_0_255.npy): uint8, 0 to 51, made on a
-PreActResNet-18 and used with every network.
+PreActResNet-18; that code has one per architecture, we use this one whatever the victim's.
 
 Departures of "described". The released code follows the class that most images fall into and attacks that one, with the
 softmax of its network; we keep the target, with the logits, as BackdoorBench does (SCLBD/BackdoorBench@f02e353
@@ -52,12 +52,12 @@ class Config:
     target: int = 0  # BackdoorBench config/attack/lf/cifar10.yaml@6135839, as are rate and labels
     rate: float = 0.1
     labels: str = "all-to-one"
-    sigma: float = 6.0  # gauss_smooth.py:15
-    taps: int = 30  # gauss_smooth.py:19-21
-    strength: float = 0.2  # gauss_smooth.py:13
-    images: int = field(default=100, metadata={"smoke": 20})  # target_universal.py:77
-    fooled: float = 0.2  # 1 - delta, target_universal.py:80
-    overshoot: float = 0.02  # target_universal.py:80
+    sigma: float = 6.0  # gauss_smooth.py:16
+    taps: int = 30  # gauss_smooth.py:20-22
+    strength: float = 0.2  # gauss_smooth.py:14
+    images: int = field(default=100, metadata={"smoke": 20})  # target_universal.py:74
+    fooled: float = 0.2  # 1 - delta, target_universal.py:77
+    overshoot: float = 0.02  # target_universal.py:77
     iterations: int = field(default=200, metadata={"smoke": 20})  # universal_pert.py:6
     passes: int = field(default=10, metadata={"smoke": 1})  # ours (BackdoorBench 50, the authors without limit)
 

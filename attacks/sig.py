@@ -67,7 +67,7 @@ BACKDOORBENCH = Config(
     labels="clean-label",  # BackdoorBench attack/sig_attack.py@6135839, clean_label=True
     sources="target",  # BackdoorBench utils/backdoor_generate_pindex.py:56-59 before c2d79e6
     blend=None,
-    truncate=True,  # BackdoorBench utils/bd_img_transform/sig.py@6135839:49-50
+    truncate=True,  # BackdoorBench utils/bd_img_transform/sig.py@6135839:50-51
 )
 SETTINGS = {
     ("nad", "described"): Config(
