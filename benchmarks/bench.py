@@ -27,8 +27,8 @@ ALL_STAGES = STAGES | TEXT_STAGES
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; rates in images or sentences per CPU-second; must and stretch are goals for the ratio, None where
-    not set."""
+    """One comparison; rates in images, sentences or (FMP) feature maps per CPU-second; must and stretch are goals for
+    the ratio, None where not set."""
 
     stage: str
     ours: str

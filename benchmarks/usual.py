@@ -156,6 +156,23 @@ def distillation(teacher: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], tu
     return loss
 
 
+def map_scores(model: nn.Module, images: Tensor, start: Tensor, labels: Tensor, layer: str, eps: float) -> list[float]:
+    """FMP's score (percent) of each map of `layer`, map by map: three forward passes and a gradient for each.
+
+    images: float (n, 3, H, W); start: the same with the start noise.
+    """
+    scores = []
+    for k in range(model.get_submodule(layer).out_channels):
+        moved = start.clone().requires_grad_()
+        _, (clean_maps,) = features(model, images, (layer,))
+        _, (moved_maps,) = features(model, moved, (layer,))
+        gradient, = torch.autograd.grad(F.mse_loss(clean_maps[:, k], moved_maps[:, k]), moved)
+        with torch.no_grad():
+            logits = model((start + eps * gradient.sign()).clamp(0, 1))
+        scores.append(100 * (logits.argmax(1) == labels).float().mean().item())
+    return scores
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, loader: DataLoader) -> float:
     """Percent."""

@@ -4,7 +4,9 @@ A defense module defines
 
     Config             frozen dataclass of hyper-parameters in the paper's symbols, a source beside each constant
     SETTINGS           {(paper, variant): Config}, e.g. ("nad", "released")
-    requires(config)   what it needs beyond the clean images, out of {"clean-model"}; usually empty
+    requires(config)   what it needs beyond the clean images, out of {"clean-model", "test-images"}; usually empty.
+                       "test-images" is for a setting that reproduces a published script's leak of test data (fmp) and
+                       for nothing else
     work(config, images, classes)
                        optional: how many images go forwards and backwards beside the epochs of its recipes, given how
                        many clean images and classes there are; for estimates of time only

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ class ImageBench:
         dataset = data.load(cell.victim.dataset, self.at.root)
         clean = clean_subset(dataset.train_images.to(self.at.device), dataset.train_labels.to(self.at.device),
                              cell.clean_fraction, cell.seed, dataset.num_classes)
+        if "test-images" in defense_module(cell.defense).requires(cell.config):     # a reproduced leak, nothing else
+            clean = replace(clean, test=dataset.test_images.to(self.at.device))
         history: list[dict[str, Any]] = []
         if cell.curve:
             history.append({"phase": "before", "epoch": 0, **metrics(evaluate(victim_model, test))})

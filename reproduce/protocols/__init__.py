@@ -87,7 +87,8 @@ class Profile:
             elif dataclasses.is_dataclass(value):
                 changes[field.name] = self._scaled(value, epochs)
             elif self.smoke and "smoke" in field.metadata:
-                changes[field.name] = min(value, field.metadata["smoke"])
+                smoke = field.metadata["smoke"]
+                changes[field.name] = smoke if value is None else min(value, smoke)     # None: no limit
         return dataclasses.replace(config, **changes)
 
     def _recipe(self, recipe: AnyRecipe, epochs: int | None) -> AnyRecipe:

@@ -19,6 +19,7 @@ QUICK = {
     "rounds": 1,
     "steps": 2,
     "batches": 2,
+    "images": 16,
 }
 
 
