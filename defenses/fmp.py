@@ -86,7 +86,7 @@ class Config:
     eps: float = 1 / 255
     alpha: float = 1 / 255
     images: int | None = field(default=None, metadata={"smoke": 32})
-    p: int = field(default=64, metadata={"smoke": 8})           # fg:60
+    p: int = 64                                 # fg:60
     select: Literal["lowest", "random", "activation", "none"] = "lowest"
     keep_beta: bool = True                      # fg:276,282
     double_normalisation: bool = False

@@ -1,5 +1,6 @@
 """One victim's test sets, and what is recorded of a model on them: predictions, and a few images for the figures."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from reproduce.training import predict
 
 SAMPLES = 8
 FEATURES = 100
+MAP_IMAGES = 200
 LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -61,3 +63,36 @@ def samples(model: nn.Module, test: TestSet, layers: tuple[str, ...]) -> dict[st
             arrays[f"features_{kind}"] = penultimate(model, to_input(images.to(device)))[1].cpu().numpy().astype(
                 np.float16)
     return arrays
+
+
+@torch.inference_mode()
+def map_changes(model: nn.Module, test: TestSet) -> dict[str, np.ndarray]:
+    """How much the trigger moves each feature map of the convolutions: what a defense that prunes maps should find.
+
+    map_change: (M,), mean |F(triggered) - F(clean)| over images and pixels, in standard deviations of F on the clean
+    ones; map_layer: (M,), the number of its convolution; map_layers: their names, in the order of registration.
+    """
+    index = test.index[:MAP_IMAGES]
+    if not len(index):
+        return {}
+    device = next(model.parameters()).device
+    changes: dict[int, Tensor] = {}
+
+    def compare(place: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hear(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            clean, triggered = output.split(len(index))
+            spread = clean.transpose(0, 1).flatten(1).std(1)
+            changes[place] = (triggered - clean).abs().mean((0, 2, 3)) / spread.clamp_min(1e-12)
+        return hear
+
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    handles = [module.register_forward_hook(compare(place)) for place, module in enumerate(convolutions.values())]
+    try:
+        model(to_input(torch.cat([test.images[index], test.triggered[:MAP_IMAGES]]).to(device)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    places = sorted(changes)
+    return {"map_change": torch.cat([changes[place] for place in places]).cpu().numpy().astype(np.float32),
+            "map_layer": np.concatenate([np.full(len(changes[place]), place, np.int32) for place in places]),
+            "map_layers": np.array(list(convolutions))}

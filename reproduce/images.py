@@ -19,7 +19,7 @@ from reproduce.data.augment import take
 from reproduce.data.auxiliary import pictures, released_array
 from reproduce.defending import clean_subset, defense_module
 from reproduce.errors import UserError
-from reproduce.evaluation import TestSet, evaluate, samples
+from reproduce.evaluation import TestSet, evaluate, map_changes, samples
 from reproduce.metrics import metrics
 from reproduce.models.checkpoints import load_checkpoint
 from reproduce.poisoning import Context, attack_module, triggered_candidates, triggered_labels
@@ -133,8 +133,11 @@ class ImageBench:
         self.at.progress(task.name, 1.0, "evaluating")
         model.eval()
         predictions = evaluate(model, test)
+        shown = samples(model, test, model.taps)
+        if isinstance(task, Victim):
+            shown |= map_changes(model, test)
         return Outcome({**metrics(predictions), "seconds": seconds, "info": info}, history,
-                       {"predictions": vars(predictions), "samples": samples(model, test, model.taps)},
+                       {"predictions": vars(predictions), "samples": shown},
                        {"model": model.state_dict(), **tensors})
 
     def _load_victim(self, victim: Victim) -> tuple[nn.Module, TestSet]:

@@ -36,7 +36,7 @@ class Study:
     controls: rows that the other defenses are tested against, e.g. the method without its own term.
     main: {(item, variant): (table name, title)} of the attack grids, in the report's order.
     attacks: {item: which attacks it holds, in words}.
-    tall: too many defenses to stand side by side: a table per measure, a row per defense.
+    tall: too many defenses to stand side by side: a table per measure of `grid`, a row per defense.
     sample: what a test set consists of. measures: how the paper calls its measures, said where all are shown.
     """
 
@@ -46,6 +46,7 @@ class Study:
     main: dict[tuple[str, str], tuple[str, str]]
     attacks: dict[str, str]
     tall: bool = False
+    grid: tuple[str, ...] = ("asr", "acc")
     sample: str = "image"
     measures: str = "ACC non-target is {name}'s own accuracy: without the target class."
 
@@ -89,9 +90,9 @@ def grids(results: Results, study: Study) -> list[Table]:
         title = f"{study.name}: {title}"
         caption = f"ASR on triggered non-target test {study.sample}s and ACC on all clean test {study.sample}s."
         if study.tall:
-            built += [defense_grid(results, frame, measure, name=f"{name}{ending}", title=title, caption=caption,
-                                   sample=study.sample)
-                      for measure, ending in (("asr", ""), ("acc", "-acc"))]
+            built += [defense_grid(results, frame, measure, name=f"{name}{f'-{measure}' if i else ''}", title=title,
+                                   caption=caption, sample=study.sample)
+                      for i, measure in enumerate(study.grid)]
         else:
             built.append(attack_grid(results, frame, name=name, title=title, caption=caption))
     return built

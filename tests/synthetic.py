@@ -71,10 +71,11 @@ def pictures(seed: int) -> dict[str, np.ndarray]:
 
 def write_run(store: Store, task: Task, acc: float, asr: float, seed: int, history: list[dict] | None = None,
               with_pictures: bool = True, info: dict | None = None,
-              tensors: dict[str, dict[str, torch.Tensor]] | None = None) -> None:
-    """A finished run whose predictions scatter around acc and asr (percent)."""
+              tensors: dict[str, dict[str, torch.Tensor]] | None = None,
+              shown: dict[str, np.ndarray] | None = None) -> None:
+    """A finished run whose predictions scatter around acc and asr (percent). shown: more for its samples.npz."""
     predicted = predictions(acc, asr, seed)
-    arrays = {"predictions": vars(predicted)} | ({"samples": pictures(seed)} if with_pictures else {})
+    arrays = {"predictions": vars(predicted)} | ({"samples": pictures(seed) | (shown or {})} if with_pictures else {})
     store.write(task.name, config={"seed": task.seed},
                 environment={"python": "3.11", "torch": "2.x", "cpu": "a test", "device": "cpu", "threads": 1,
                              "commit": "0" * 12, "source": "f" * 16, "finished": "2026-01-01T00:00:00Z"},

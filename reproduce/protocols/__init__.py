@@ -18,6 +18,7 @@ PAPERS = {
     "nad": "NAD (ICLR 2021)",
     "argd": "ARGD (IJCAI 2022)",
     "mcldef": "MCLDef (ACM MM 2023)",
+    "fmp": "FMP (ICLR 2024)",
     "badacts": "BadActs (Findings of ACL 2024)",
     "cross": "All defenses on all attacks",
 }
@@ -44,7 +45,8 @@ class Profile:
     victim_epochs, defense_epochs: caps on a recipe's epochs, None for the protocol's own; a capped recipe keeps the
     shape of its learning-rate schedule.
     smoke: take the values that configurations name for it (metadata "smoke" of a field) where they are smaller.
-    dataset, model: of images; texts, encoder: the data sets and the encoder of sentences.
+    dataset, model: of images; preact, elsewhere: the PreAct-ResNet18 of the protocol that is about it, and the data
+    sets it goes on to; texts, encoder: the data sets and the encoder of sentences.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Profile:
     precision: str = "fp32"
     graph: bool = False
     smoke: bool = False
+    preact: str = "preact-resnet-18"
+    elsewhere: tuple[str, ...] = ("cifar100", "gtsrb")
     texts: tuple[str, ...] = ("sst-2", "yelp", "hsol", "agnews-small")
     encoder: str = BERT
 
@@ -65,6 +69,10 @@ class Profile:
     def encoder_layers(self) -> int:
         """How many layers the encoder has; unknown ones are taken for BERT's base size."""
         return LAYERS.get(self.encoder, LAYERS[BERT])
+
+    def sweeps(self, seed: int) -> bool:
+        """Whether factors are varied at this seed: to show that it runs, one seed is enough."""
+        return not self.smoke or seed == self.seeds[0]
 
     def victim(self, recipe: AnyRecipe) -> AnyRecipe:
         """A victim's recipe at this scale."""
@@ -114,9 +122,11 @@ PROFILES = {
     profile.name: profile for profile in (
         Profile("quick", "smoke scale: embedded digits and sentences, shortened victims; shows that everything runs, "
                          "says nothing about the papers", "digits", "wrn-10-1", (0, 1), clean_fraction=0.10,
-                victim_epochs=6, defense_epochs=8, smoke=True, texts=("sentences",), encoder=TINY),
+                victim_epochs=6, defense_epochs=8, smoke=True, preact="preact-resnet-18-w8",
+                elsewhere=(), texts=("sentences",), encoder=TINY),
         Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, two seeds: a night on a laptop", "cifar10", "wrn-16-1",
-                (0, 1), victim_epochs=12, texts=("sst-2",), encoder=MINILM),
+                (0, 1), victim_epochs=12, preact="preact-resnet-18-w16", elsewhere=("gtsrb",),
+                texts=("sst-2",), encoder=MINILM),
         Profile("paper", "the exact protocol", "cifar10", "wrn-16-1", (0, 1, 2, 3, 4, 5)),
     )
 }

@@ -70,7 +70,9 @@ def entries(profile: Profile) -> list[Entry]:
     """Every run of the paper at this scale."""
     found: list[Entry] = []
     for seed in profile.seeds:
-        found += _main(profile, seed) + _sweeps(profile, seed)
+        found += _main(profile, seed)
+        if profile.sweeps(seed):
+            found += _sweeps(profile, seed)
     return found
 
 

@@ -114,7 +114,7 @@ def entries(profile: Profile) -> list[Entry]:
             found += [replace(entry, item="onion-gpt2", on_request=True)
                       for entry in _main(profile, profile.texts[0], seed, GPT2_ROWS)
                       if entry.item == purification(profile.texts[0])]
-        if not profile.smoke or seed == profile.seeds[0]:
+        if profile.sweeps(seed):
             found += _sweeps(profile, seed)
     return found
 

@@ -34,6 +34,10 @@ class Row:
     defense: str
     config: Any
 
+    def under(self, variant: str) -> "Row":
+        """The same in the table of another variant."""
+        return replace(self, variant=variant)
+
 
 def row(label: str, variant: str, paper: str, defense: str | None = None) -> Row:
     """The settings of a defense for a paper; the module's name is the label's in small letters unless given."""

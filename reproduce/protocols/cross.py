@@ -1,22 +1,28 @@
 """All defenses on all attacks, in one setting each: the runs of the papers' main tables again, and what they leave out.
 
 Every defense meets the same victims with the same clean subset and seeds, in the settings of its own code; Fine-Pruning
-and MCR, of which NAD's code has none, as described, and ARGD too, see `protocols.mcldef`.
+and MCR, of which NAD's code has none, as described, and ARGD too, see `protocols.mcldef`; FMP as described, since what
+its released script does needs test images, with p and images fitted to the small network, see `protocols.fmp`.
 """
 
-from reproduce.protocols import Entry, Profile
-from reproduce.protocols.comparison import BETA_ZERO, comparison, row, victim
+from reproduce.protocols import Entry, Profile, fmp
+from reproduce.protocols.comparison import BETA_ZERO, Row, comparison, row, victim
 from reproduce.protocols.mcldef import ATTACKS, MAIN_ROWS, OWN_ROWS, SMOKE_ATTACKS
 
 PAPER = "cross"
+# WRN's first group has 16 channels.
+FMP = Row(fmp.METHOD, "released", "fmp", fmp.fitted(row(fmp.METHOD, "described", fmp.PAPER).config, 16, True))
 ROWS = [row("FT", "released", "nad"), row("FP", "described", "nad"), row("MCR", "described", "nad"),
         row(BETA_ZERO, "released", "nad"),
-        *(one for one in MAIN_ROWS if one not in OWN_ROWS and one.label != "FT"), OWN_ROWS[-1]]
+        *(one for one in MAIN_ROWS if one not in OWN_ROWS and one.label != "FT"), OWN_ROWS[-1],
+        row("CLP", "released", "clp"), row("RNP", "released", "rnp"), row("FT-SAM", "released", "ft_sam", "ft_sam"),
+        FMP]
+MORE_ATTACKS = {label: (fmp.ATTACKS[label], fmp.PAPER) for label in ("Low-frequency", "SSBA")}
 
 
 def entries(profile: Profile) -> list[Entry]:
     """Every run of the cross table at this scale."""
-    return [entry for seed in profile.seeds for label, (attack, paper) in ATTACKS.items()
+    return [entry for seed in profile.seeds for label, (attack, paper) in (ATTACKS | MORE_ATTACKS).items()
             if not profile.smoke or label in SMOKE_ATTACKS
             for entry in comparison(profile, PAPER, "main", victim(profile, attack, paper, "described", seed),
                                     {"attack": label}, ROWS)]

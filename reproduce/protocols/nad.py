@@ -71,7 +71,9 @@ def entries(profile: Profile) -> list[Entry]:
     """Every run of the paper at this scale."""
     found: list[Entry] = []
     for seed in profile.seeds:
-        found += _main(profile, seed) + _sweeps(profile, seed) + _augmentation(profile, seed)
+        found += _main(profile, seed)
+        if profile.sweeps(seed):
+            found += _sweeps(profile, seed) + _augmentation(profile, seed)
         if profile.dataset == "cifar10" and profile.model == "wrn-16-1":
             found += _authors_victim(profile, seed)
     return found

@@ -1,0 +1,188 @@
+"""FMP (Huang & Bu, ICLR 2024): the runs behind each of its tables and figures.
+
+Victims are BackdoorBench v1's, on which FMP's code stands: PreAct-ResNet18, target 0, rate 0.1, 100 epochs (GTSRB 50).
+Which attacks and baselines the paper itself reports was not readable; those here are BackdoorBench's. Everyone has 10 %
+clean data, as FMP's released settings have; the released settings of the others name 5 %, which is an item of its own.
+
+A profile that cannot train PreAct-ResNet18 takes a narrower one. Then one map in 64 is less than one map of a layer, so
+p is scaled with the width and as many maps are pruned per layer as the paper's network would lose.
+"""
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from defenses import anp, fmp
+from reproduce.cells import Victim
+from reproduce.data.augment import Augment
+from reproduce.poisoning import attack_module
+from reproduce.protocols import Entry, Profile
+from reproduce.protocols.comparison import Row, cell, comparison, fractions, row, sweep
+from reproduce.training import Cosine, Recipe
+
+PAPER = "fmp"
+METHOD = "FMP"
+NO_PRUNING, RANDOM, IDLE = "FMP, no pruning", "FMP, random maps", "FMP, least active maps"
+
+# config/attack/*/cifar10.yaml of huangd1999/BackdoorBench@6135839; the paper, as quoted: 100 epochs (GTSRB 50), SGD
+# momentum 0.9, lr 0.01, batch 128, cosine annealing. Its period is 100 epochs on every data set
+# (utils/aggregate_block/train_settings_generate.py).
+VICTIM = Recipe(epochs=100, rates=((0, 0.01),), batch=128, momentum=0.9, nesterov=False, weight_decay=5e-4,
+                augment=Augment(crop=4, flip=True), cosine=Cosine(100))
+EPOCHS = {"gtsrb": 50}
+FLIPPED = ("cifar10",)      # dataset_and_transform_generate.py of the same: no flip elsewhere
+
+ATTACKS = {"BadNets": "badnets", "Blended": "blend", "Low-frequency": "low_frequency", "SSBA": "ssba",
+           "WaNet": "wanet", "Input-aware": "input_aware", "SIG": "sig"}
+SMOKE_ATTACKS = ("BadNets", "Low-frequency", "SSBA")
+RATES = (0.001, 0.01, 0.05, 0.1)
+
+# PreAct-ResNet18 by width: the first layer's channels, of which the paper's p = 64 prunes one.
+WIDTHS = {"preact-resnet-18": 64, "preact-resnet-18-w16": 16, "preact-resnet-18-w8": 8}
+# Where victims are shortened, so are the 100 epochs of BackdoorBench's baselines, to FMP's own 10, ANP's 2,000
+# iterations, and the scoring images: there are 5,000 on CIFAR-10, each of which goes through the network three times a
+# map. Neural Cleanse, with 80 epochs for each of ten classes, is left to the full protocol and to the smoke scale.
+SHORT_EPOCHS, SHORT_ITERATIONS, SHORT_IMAGES = 10, 500, 256
+
+_DESCRIBED = fmp.SETTINGS[PAPER, "described"]
+CONTROLS = {NO_PRUNING: "no-pruning", RANDOM: "random", IDLE: "activation"}
+# RNP and FT-SAM came after the code that FMP's stands on: their own settings.
+BASELINE_ROWS = [*(row(label, "described", PAPER) for label in ("FT", "FP", "NAD", "ANP", "CLP")),
+                 row("I-BAU", "described", PAPER, "ibau"), row("NC", "described", PAPER),
+                 row("RNP", "released", "rnp").under("described"),
+                 row("FT-SAM", "released", "ft_sam", "ft_sam").under("described")]
+BASELINES = [one.label for one in BASELINE_ROWS]
+OWN_ROWS = [Row(label, "described", "fmp", fmp.SETTINGS[PAPER, variant]) for label, variant in CONTROLS.items()]
+OWN_ROWS.append(Row(METHOD, "described", "fmp", _DESCRIBED))
+# The baselines' settings are those of their released configurations in both tables.
+_RELEASED = fmp.SETTINGS[PAPER, "released"]
+MAIN_ROWS = [*BASELINE_ROWS, *OWN_ROWS, *(one.under("released") for one in BASELINE_ROWS),
+             Row(NO_PRUNING, "released", "fmp", replace(_RELEASED, select="none")),
+             Row(METHOD, "released", "fmp", _RELEASED)]
+BRIEF = ("FT", "ANP", "FT-SAM")
+
+EPSILONS = {"1/255": 1 / 255, "2/255": 2 / 255, "4/255": 4 / 255, "8/255": 8 / 255, "0.06": 0.06}
+# Factors of p, by how many maps that prunes.
+SHARES = {"4 times": 0.25, "twice": 0.5, "as many": 1.0, "half": 2.0, "a quarter": 4.0}
+IMAGES = (32, 128, 256, 512)
+TUNING = (1, 5, 10, 20)
+
+
+def departure(profile: Profile) -> str:
+    """What keeps runs at this scale from a verdict on the paper."""
+    width = WIDTHS[profile.preact]
+    return "" if width == 64 else f"a PreAct-ResNet18 of {width} channels in place of 64"
+
+
+def entries(profile: Profile) -> list[Entry]:
+    """Every run of the paper at this scale."""
+    profile = replace(profile, model=profile.preact, clean_fraction=0.10,
+                      defense_epochs=profile.defense_epochs or (SHORT_EPOCHS if profile.victim_epochs else None))
+    found: list[Entry] = []
+    for seed in profile.seeds:
+        found += _main(profile, "main", seed)
+        if profile.sweeps(seed):
+            found += _five_percent(profile, seed) + _faults(profile, seed) + _sweeps(profile, seed)
+            found += _poison_rates(profile, seed)
+        for dataset in profile.elsewhere:
+            found += _main(replace(profile, dataset=dataset), dataset, seed)
+        if profile.name == "paper":
+            found += [replace(entry, on_request=True) for entry in _main(
+                replace(profile, dataset="tiny-imagenet"), "tiny-imagenet", seed)]
+    return found
+
+
+def fmp_victim(profile: Profile, attack: str, seed: int, variant: str = "described", **changes: Any) -> Victim:
+    """The victim of an attack in BackdoorBench's settings."""
+    recipe = replace(VICTIM, epochs=EPOCHS.get(profile.dataset, VICTIM.epochs))
+    settings = replace(attack_module(attack).SETTINGS[PAPER, variant], **changes)
+    return Victim(profile.dataset, profile.model, profile.victim(_on(profile.dataset, recipe)), seed, attack,
+                  profile.attack(_on(profile.dataset, settings)))
+
+
+def fitted(config: Any, width: int, shortened: bool) -> Any:
+    """FMP's p for a network whose first layer has `width` channels, and what is shortened beside the epochs."""
+    if isinstance(config, anp.Config) and shortened:
+        return replace(config, iterations=min(config.iterations, SHORT_ITERATIONS))
+    if not isinstance(config, fmp.Config):
+        return config
+    images = SHORT_IMAGES if shortened and config.images is None else config.images
+    return replace(config, p=max(1, config.p * width // 64), images=images)
+
+
+def _on(dataset: str, config: Any) -> Any:
+    """A configuration with the data set's augmentation in every recipe."""
+    if isinstance(config, Recipe):
+        return replace(config, augment=replace(config.augment, flip=config.augment.flip and dataset in FLIPPED))
+    changes = {field.name: _on(dataset, getattr(config, field.name)) for field in fields(config)
+               if is_dataclass(getattr(config, field.name)) and not isinstance(getattr(config, field.name), Augment)}
+    return replace(config, **changes)
+
+
+def _fitting(profile: Profile, rows: list[Row]) -> list[Row]:
+    """The rows for the profile's data set, model and scale."""
+    shortened = profile.victim_epochs is not None and not profile.smoke
+    return [replace(one, config=_own(profile, one.config)) for one in rows if one.defense != "nc" or not shortened]
+
+
+def _own(profile: Profile, config: Any) -> Any:
+    return _on(profile.dataset, fitted(config, WIDTHS[profile.model], profile.victim_epochs is not None))
+
+
+def _main(profile: Profile, item: str, seed: int) -> list[Entry]:
+    smoke = SMOKE_ATTACKS if profile.sweeps(seed) else SMOKE_ATTACKS[:1]
+    return [entry for label, attack in ATTACKS.items() if not profile.smoke or label in smoke
+            for entry in comparison(profile, PAPER, item, fmp_victim(profile, attack, seed), {"attack": label},
+                                    _fitting(profile, MAIN_ROWS))]
+
+
+def _five_percent(profile: Profile, seed: int) -> list[Entry]:
+    """FMP with 10 % clean data beside the others with 5 %, as their released configurations have it."""
+    found: list[Entry] = []
+    for label in SMOKE_ATTACKS[:1] if profile.smoke else ATTACKS:
+        on, own = fmp_victim(profile, ATTACKS[label], seed), _fitting(profile, MAIN_ROWS)
+        found += comparison(profile, PAPER, "five-percent", on, {"attack": label},
+                            [one for one in own if one.variant == "released" and one.label in BASELINES], 0.05)
+        found += comparison(profile, PAPER, "five-percent", on, {"attack": label}, [own[-1]])[1:]
+    return found
+
+
+def _faults(profile: Profile, seed: int) -> list[Entry]:
+    """What each fault of the released script is worth: added to the described method, taken from the released one."""
+    settings = {"described": _DESCRIBED, **{f"described + {name}": fmp.with_fault(name) for name in fmp.FAULTS},
+                "released": _RELEASED,
+                **{f"released - {name}": fmp.without_fault(name) for name in fmp.FAULTS}}
+    return [Entry(PAPER, "faults", {"attack": label, "faults": name},
+                  cell(profile, fmp_victim(profile, ATTACKS[label], seed), "fmp", _own(profile, config)))
+            for label in (SMOKE_ATTACKS[:1] if profile.smoke else SMOKE_ATTACKS) for name, config in settings.items()]
+
+
+def _sweeps(profile: Profile, seed: int) -> list[Entry]:
+    """Everything that varies one factor, on BadNets with the described settings."""
+    on = fmp_victim(profile, "badnets", seed)
+    base = _own(profile, _DESCRIBED)
+    found: list[Entry] = []
+    for item, label, settings in (
+            ("epsilon", "epsilon", {name: replace(base, eps=value, alpha=value) for name, value in EPSILONS.items()}),
+            ("p", "share", {name: replace(base, p=max(1, round(base.p * share))) for name, share in SHARES.items()}),
+            ("images", "images", {str(count): replace(base, images=count) for count in IMAGES}),
+            ("tuning", "tuning", {str(epochs): _tuned(base, epochs) for epochs in TUNING})):
+        found += sweep(profile, PAPER, item, label, on, "fmp", settings)
+    return found + fractions(profile, PAPER, on, _fitting(profile, [one for one in MAIN_ROWS
+                                                                   if one.variant == "described"
+                                                                   and one.label in (*BRIEF, METHOD, NO_PRUNING)]))
+
+
+def _tuned(config: fmp.Config, epochs: int) -> fmp.Config:
+    """Fine-tuned for so many epochs, the rate annealed over them."""
+    recipe = config.recipe
+    assert recipe.cosine
+    return replace(config, recipe=replace(recipe, epochs=epochs, cosine=replace(recipe.cosine, epochs=epochs)))
+
+
+def _poison_rates(profile: Profile, seed: int) -> list[Entry]:
+    """BadNets with more or fewer poisoned images."""
+    rows = _fitting(profile, [one for one in MAIN_ROWS if one.variant == "described"
+                              and one.label in (*BRIEF, METHOD, NO_PRUNING)])
+    return [entry for rate in (RATES[1:2] if profile.smoke else RATES)
+            for entry in comparison(profile, PAPER, "poison-rate", fmp_victim(profile, "badnets", seed, rate=rate),
+                                    {"rate": f"{100 * rate:g} %"}, rows)]

@@ -1,0 +1,135 @@
+"""FMP's tables, from the runs of `reproduce.protocols.fmp`."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from defenses.fmp import FAULTS
+from reproduce.protocols.fmp import METHOD, NO_PRUNING, PAPER, RANDOM
+from reproduce.results import Results
+from reproduce.store import Run
+from tables.comparison import Factor, Study, ablation, bounds, clean_fraction, cost, details, grids, if_present, rows
+from tables.layout import grouped, mean_difference, measured, pairs, table
+from tables.render import MISSING, Table, Value, heading
+
+DATASETS = {"main": "all attacks", "cifar100": "CIFAR-100", "gtsrb": "GTSRB", "tiny-imagenet": "Tiny-ImageNet"}
+STUDY = Study(
+    PAPER, METHOD, (NO_PRUNING, RANDOM, "FT"),
+    {**{(item, variant): (item + ("" if variant == "described" else f"-{variant}"),
+                          f"{name}, FMP as {variant}") for item, name in DATASETS.items()
+        for variant in ("described", "released")},
+     ("five-percent", "released"): ("five-percent", "FMP with 10 % clean data, the others with 5 %")},
+    {**DATASETS, "five-percent": "5 % clean data for the others"}, tall=True, grid=("asr", "acc", "ra"),
+    measures="RA: share of triggered images that get their true label. ACC non-target leaves the target class out.")
+SHOWN = ("acc", "asr", "ra")
+FACTORS = (
+    Factor("epsilon", "epsilon", "Epsilon", "Start noise and step of the feature reverse generation, of a pixel's "
+           "range.", measures=SHOWN),
+    Factor("p", "share", "Maps pruned", "In every convolution, relative to the count of the main table.",
+           measures=SHOWN),
+    Factor("images", "images", "Images", "On which the maps are scored.", measures=SHOWN),
+    Factor("tuning", "tuning", "Epochs", "Of fine-tuning after the pruning.", measures=SHOWN),
+    Factor("poison-rate", "defense", "Defense", "The share of the training set that is poisoned.",
+           within=("rate", "Poisoned"), measures=SHOWN),
+    Factor("faults", "faults", "Setting", "Each fault of the released script added to the described method and taken "
+           "from the released one.", within=("attack", "Attack"), on="Several attacks", measures=SHOWN),
+)
+
+
+def tables(results: Results, smoke: bool = False) -> list[Table]:
+    """Every table whose entries are at hand, in the report's order."""
+    built = grids(results, STUDY)
+    built += if_present(results, PAPER, "faults", lambda: worth(results))
+    built += if_present(results, PAPER, "main", lambda: carriers(results))
+    built += details(results, STUDY) + clean_fraction(results, STUDY)
+    for factor in FACTORS:
+        built += ablation(results, STUDY, factor)
+    built += if_present(results, PAPER, "main", lambda: cost(results, STUDY))
+    return [replace(entry, name=f"{PAPER}-{entry.name}") for entry in built if len(entry.frame)]
+
+
+def worth(results: Results) -> Table:
+    """What each fault does, as a difference to the same method with and without it."""
+    frame = rows(results, PAPER, "faults", "attack", "faults")
+    numbers, shown = [], []
+    for attack, part in frame.groupby("attack", sort=False):
+        settings = dict(iter(part.groupby("faults", sort=False)))
+        for fault in FAULTS:
+            line: dict[tuple[str, str], object] = {("", "Attack"): str(attack), ("", "Fault"): fault}
+            for kind, first, second in (("Added to described", f"described + {fault}", "described"),
+                                        ("Left in released", "released", f"released - {fault}")):
+                for measure in SHOWN:
+                    paired = pairs(settings[first], settings[second], measure)
+                    line[kind, heading(measure)] = Value(MISSING)
+                    if paired:
+                        gap = mean_difference(results, paired, measure)
+                        runs = tuple(name for pair in paired for name in (pair.run_first, pair.run_second))
+                        line[kind, heading(measure)] = Value(
+                            f"{gap.mean:+.1f}{bounds(gap.low, gap.high, 1, '+')}", runs=runs)
+                        numbers.append({"attack": attack, "fault": fault, "comparison": kind, "measure": measure,
+                                        "difference": gap.mean, "low": gap.low, "high": gap.high, "n": len(paired),
+                                        "runs": " ".join(runs)})
+            shown.append(line)
+    return table("worth", "FMP: what each fault of the released script is worth",
+                 "Points by which a fault changes a measure: the method with it minus the same without, paired by "
+                 "seed; 95 % interval over seeds, with one seed over test images.",
+                 grouped(shown) if numbers else pd.DataFrame(), pd.DataFrame(numbers), frame)
+
+
+def carriers(results: Results) -> Table:
+    """How many of the pruned maps are those that the trigger moves most."""
+    frame = rows(results, PAPER, "main", "attack", "defense", "variant")
+    victims = results.victims(PAPER, "main")
+    numbers = []
+    for line in frame[frame.status == "done"].itertuples():
+        victim = victims.get((line.attack, line.seed))
+        run = results.finished(line.run)
+        if victim is None or not (found := pruned_maps(victim, run)):
+            continue
+        numbers.append({"attack": line.attack, "defense": line.defense, "variant": line.variant, "seed": line.seed,
+                        "run": line.run, **_overlap(*found)})
+    data = pd.DataFrame(numbers)
+    shown = []
+    for (attack, defense, variant), part in (data.groupby(["attack", "defense", "variant"], sort=False) if numbers
+                                             else ()):
+        shown.append({"Attack": attack, "Defense": defense, "Settings": variant, **{
+            title: Value(f"{part[key].mean():.{digits}f}", runs=tuple(part.run))
+            for title, key, digits in (("Maps pruned", "pruned", 0), ("Carriers among them (%)", "hits", 1),
+                                       ("Expected at random (%)", "chance", 1),
+                                       ("Change of pruned maps", "change_pruned", 2),
+                                       ("Change of all maps", "change_all", 2))}, "n": Value(str(len(part)))})
+    return table("carriers", "FMP: do the pruned maps carry the backdoor?",
+                 "Change: how far the trigger moves a map of the victim, in standard deviations of the map on clean "
+                 "test images. Carriers: in each convolution, as many of the maps with the largest change as are "
+                 "pruned there. Means over seeds; measured with the trigger, which the defender does not have.",
+                 pd.DataFrame(shown), data, measured(frame, "asr"))
+
+
+def pruned_maps(victim: Run, run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(change by the trigger, number of the convolution, pruned or not) of every map that could be pruned; None for a
+    run that pruned none, or a victim trained before changes were recorded."""
+    samples = victim.arrays("samples")
+    if "map_change" not in samples or not (run.path / "defense.safetensors").exists():
+        return None
+    tensors = run.tensors("defense")
+    if "pruned" not in tensors or not tensors["pruned"].any():
+        return None
+    names, layer = samples["map_layers"].tolist(), samples["map_layer"]
+    wanted = [names.index(name) for name in run.json("metrics")["info"]["layers"]]
+    change = np.concatenate([samples["map_change"][layer == one] for one in wanted])
+    return change, np.array(wanted)[tensors["layer"].numpy()], tensors["pruned"].numpy()
+
+
+def _overlap(change: np.ndarray, layer: np.ndarray, pruned: np.ndarray) -> dict[str, float]:
+    """Shares in percent; chance: the mean of a random choice of as many maps per layer."""
+    hits = chance = 0.0
+    for one in np.unique(layer):
+        here = layer == one
+        count = int(pruned[here].sum())
+        top = np.argsort(-change[here], kind="stable")[:count]
+        hits += pruned[here][top].sum()
+        chance += count * count / here.sum()
+    total = int(pruned.sum())
+    return {"pruned": total, "hits": 100 * hits / total, "chance": 100 * chance / total,
+            "change_pruned": float(change[pruned].mean()), "change_all": float(change.mean())}

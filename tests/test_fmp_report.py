@@ -1,0 +1,152 @@
+"""FMP's tables, figures and claims, from its whole protocol with made-up runs."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from defenses.fmp import FAULTS
+from figures import fmp as figures
+from reproduce import claims
+from reproduce.cells import Victim
+from reproduce.claims import criteria
+from reproduce.protocols import PROFILES, Profile, departure, entries
+from reproduce.protocols.fmp import BASELINES, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM, fitted
+from reproduce.results import Results
+from reproduce.store import Store
+from tables import fmp as tables
+from tables import render
+from tables.layout import estimate
+from tests.synthetic import write_run
+
+QUICK = PROFILES["quick"]
+# (ACC, ASR) in percent.
+LEVELS = {"Before": (90, 98), METHOD: (88, 2), NO_PRUNING: (88, 30), RANDOM: (87, 30), IDLE: (86, 31), "ANP": (85, 80)}
+OTHERS = (86, 40)
+# Two convolutions, whose maps the trigger moves the more the later they come; a third is too narrow to be pruned.
+NAMES, SIZES = ("stem", "conv1", "conv2"), (2, 8, 16)
+CHANGE = np.concatenate([np.arange(size) for size in SIZES]).astype(np.float32)
+LAYER = np.repeat(np.arange(3), SIZES).astype(np.int32)
+TABLES = {"main", "main-acc", "main-ra", "main-released", "main-released-acc", "main-released-ra", "five-percent",
+          "five-percent-acc", "five-percent-ra", "worth", "carriers", "main-complete", "main-averages",
+          "main-significance", "main-significance-2", "main-significance-3", "five-percent-complete",
+          "five-percent-averages", "five-percent-significance-3", "clean-fraction", "epsilon", "p", "images", "tuning",
+          "poison-rate", "faults", "cost"}
+
+
+def pruned(last: bool) -> dict[str, torch.Tensor]:
+    """What a run that prunes one map of each convolution keeps: the one moved most, or the one moved least."""
+    mask = torch.zeros(sum(SIZES[1:]), dtype=torch.bool)
+    mask[[7, 23] if last else [0, 8]] = True
+    return {"layer": torch.tensor([0] * SIZES[1] + [1] * SIZES[2]), "pruned": mask}
+
+
+def made(root: Path, profile: Profile, items: list[str] | None = None) -> Results:
+    """Runs of the protocol, at levels that depend on the defense alone; faults add 10 points of ASR."""
+    store, found = Store(root), entries(profile, [PAPER], items)
+    for number, entry in enumerate(found):
+        if store.find(entry.task.name):
+            continue
+        defense = entry.labels.get("defense", METHOD)
+        acc, asr = LEVELS.get(defense, OTHERS)
+        asr += 10 * ("+" in entry.labels.get("faults", ""))
+        own = defense in (METHOD, RANDOM) and not isinstance(entry.task, Victim)
+        write_run(store, entry.task, acc, asr, number, info={"layers": list(NAMES[1:])} if own else {},
+                  tensors={"defense": pruned(last=defense == METHOD)} if own else {},
+                  shown={"map_change": CHANGE, "map_layer": LAYER, "map_layers": np.array(NAMES)}
+                  if isinstance(entry.task, Victim) else None)
+    return Results(store, found)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return made(tmp_path_factory.mktemp("fmp"), QUICK)
+
+
+def test_every_item_has_its_table(results: Results) -> None:
+    built = tables.tables(results)
+    assert {table.name for table in built} == {f"{PAPER}-{name}" for name in TABLES}
+    for table in built:
+        for text in (render.markdown(table, QUICK), render.html(table, QUICK)):
+            assert not re.search(r"\bnan\b", text, re.IGNORECASE)
+    assert tables.tables(Results(Store(Path("nowhere")), [])) == []
+
+
+def test_every_item_has_its_figure(results: Results, tmp_path: Path) -> None:
+    drawn = figures.figures(results, smoke=True)
+    assert {figure.name for figure in drawn} == {f"{PAPER}-{name}" for name in (
+        "main", "main-released", "five-percent", "triggers", "maps", "trade-off", "trade-off-five-percent",
+        "clean-fraction", "epsilon", "p", "images", "tuning", "poison-rate", "faults")}
+    for figure in drawn:
+        figure.write(tmp_path, smoke=True)
+        assert (tmp_path / f"{figure.name}.png").stat().st_size > 5000
+    assert figures.figures(Results(Store(Path("nowhere")), [])) == []
+
+
+def test_carriers_are_the_maps_that_the_trigger_moves_most(results: Results) -> None:
+    data = next(table for table in tables.tables(results) if table.name == f"{PAPER}-carriers").data
+    shares = data.groupby("defense").hits.mean()
+    assert shares[METHOD] == 100 and shares[RANDOM] == 0
+    # One of 8 and one of 16.
+    assert data.chance.mean() == pytest.approx(100 * (1 / 8 + 1 / 16) / 2)
+    assert data[data.defense == METHOD].change_pruned.mean() == (7 + 15) / 2
+    assert data.change_all.iloc[0] == pytest.approx(np.concatenate([np.arange(8), np.arange(16)]).mean())
+
+
+def test_worth_of_a_fault_is_the_difference_it_makes(results: Results) -> None:
+    table = next(table for table in tables.tables(results) if table.name == f"{PAPER}-worth")
+    data = table.data
+    assert set(data.fault) == set(FAULTS)
+    added = data[(data.comparison == "Added to described") & (data.measure == "asr")]
+    frame = results.frame(PAPER, "faults")
+    for row in added.itertuples():
+        gap = [estimate(frame[(frame.faults == name) & (frame.attack == row.attack)], "asr").mean
+               for name in (f"described + {row.fault}", "described")]
+        assert row.difference == pytest.approx(gap[0] - gap[1])
+    assert added.difference.mean() == pytest.approx(10, abs=3)
+
+
+def test_claims(tmp_path: Path) -> None:
+    found = {claim.name: claim for claim in claims.claims(
+        made(tmp_path, replace(QUICK, seeds=tuple(range(6))), ["main"]), PROFILES["paper"])}
+    assert set(found) == {f"{name}{ending}" for name in ("asr", "ra", "least-gap", "largest-gap")
+                          for ending in ("", "-released")} | {
+        f"{name}-adds" for name in ("pruning", "scoring", "adversarial-scoring")}
+    assert found["asr"].outcome == criteria.SUPPORTED and found["least-gap"].outcome == criteria.SUPPORTED
+    # ANP leaves 78 points more.
+    assert found["largest-gap"].outcome == criteria.SUPPORTED and "ANP" in found["largest-gap"].evidence
+    assert found["pruning-adds"].outcome == criteria.SUPPORTED
+    assert all(claim.source for claim in found.values())
+    narrow = claims.scaled(found["asr"], PROFILES["cpu"], departure(PAPER, PROFILES["cpu"]))
+    assert narrow.verdict == criteria.UNDECIDED and "no verdict on the paper" in narrow.evidence
+
+
+def test_a_narrow_network_loses_as_many_maps_of_a_layer() -> None:
+    described = {entry.task.config.p for entry in entries(PROFILES["paper"], [PAPER])
+                 if entry.item == "main" and entry.labels["defense"] == METHOD}
+    assert described == {64}
+    assert {fitted(replace(entry.task.config), 16, True).images for entry in entries(PROFILES["paper"], [PAPER])
+            if entry.item == "main" and (entry.labels["defense"], entry.labels["variant"]) == (METHOD, "described")
+            } == {256}
+    assert {entry.task.config.p for entry in entries(PROFILES["cpu"], [PAPER])
+            if entry.item == "main" and entry.labels["defense"] == METHOD} == {16}
+    assert departure(PAPER, PROFILES["paper"]) == ""
+
+
+def test_everyone_has_the_same_clean_data_but_where_the_released_settings_differ() -> None:
+    found = entries(PROFILES["paper"], [PAPER])
+    assert {entry.task.clean_fraction for entry in found if entry.item == "main"
+            and entry.labels["defense"] != "Before"} == {0.10}
+    five = {entry.labels["defense"]: entry.task.clean_fraction for entry in found if entry.item == "five-percent"
+            and entry.labels["defense"] != "Before"}
+    assert five.pop(METHOD) == 0.10 and set(five.values()) == {0.05} and set(BASELINES) <= set(five)
+
+
+def test_only_cifar_10_is_flipped() -> None:
+    flipped = {entry.item: entry.task.victim.recipe.augment.flip for entry in entries(PROFILES["paper"], [PAPER])}
+    assert flipped["main"] and not flipped["gtsrb"] and not flipped["cifar100"]
+    epochs = {entry.item: entry.task.victim.recipe.epochs for entry in entries(PROFILES["paper"], [PAPER])}
+    assert epochs["main"] == 100 and epochs["gtsrb"] == 50
