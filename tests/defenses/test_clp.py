@@ -73,6 +73,12 @@ def test_a_bound_holds_for_the_flattened_filter():
     assert moved[0, 1].abs().item() == pytest.approx(bounds[1].item(), rel=1e-4)
 
 
+def test_the_deviation_is_that_of_a_sample():
+    """One of ten stands out by 2.85 deviations of a sample; it would by 3 of a population."""
+    bounds = torch.tensor([0.0] * 9 + [1.0])
+    assert clp.outliers(bounds, 2.8).tolist() == [False] * 9 + [True] and not clp.outliers(bounds, 2.9).any()
+
+
 @pytest.mark.parametrize("keep_shift", [False, True])
 def test_pruned_channels_are_constant(keep_shift):
     result = clp.defend(waves(), None, clp.Config(keep_shift=keep_shift), 0)
