@@ -242,7 +242,7 @@ def test_no_network_changes_a_feature_map_in_place(name):
     """The fault `summed` would be in `described` too."""
     model = build(name, 10, 0).eval()
     with torch.no_grad():
-        _, maps = features(model, torch.rand(1, 3, 16, 16), list(fmp.convolutions(model)))
+        _, maps = features(model, torch.rand(1, 3, 32, 32), list(fmp.convolutions(model)))
     assert all(found._version == 0 for found in maps)
 
 
