@@ -167,9 +167,7 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
             ("images", "images", {str(count): replace(base, images=count) for count in IMAGES}),
             ("tuning", "tuning", {str(epochs): _tuned(base, epochs) for epochs in TUNING})):
         found += sweep(profile, PAPER, item, label, on, "fmp", settings)
-    return found + fractions(profile, PAPER, on, _fitting(profile, [one for one in MAIN_ROWS
-                                                                   if one.variant == "described"
-                                                                   and one.label in (*BRIEF, METHOD, NO_PRUNING)]))
+    return found + fractions(profile, PAPER, on, _brief(profile))
 
 
 def _tuned(config: fmp.Config, epochs: int) -> fmp.Config:
@@ -181,8 +179,12 @@ def _tuned(config: fmp.Config, epochs: int) -> fmp.Config:
 
 def _poison_rates(profile: Profile, seed: int) -> list[Entry]:
     """BadNets with more or fewer poisoned images."""
-    rows = _fitting(profile, [one for one in MAIN_ROWS if one.variant == "described"
-                              and one.label in (*BRIEF, METHOD, NO_PRUNING)])
     return [entry for rate in (RATES[1:2] if profile.smoke else RATES)
             for entry in comparison(profile, PAPER, "poison-rate", fmp_victim(profile, "badnets", seed, rate=rate),
-                                    {"rate": f"{100 * rate:g} %"}, rows)]
+                                    {"rate": f"{100 * rate:g} %"}, _brief(profile))]
+
+
+def _brief(profile: Profile) -> list[Row]:
+    """The rows of a sweep; at smoke scale the method and its control alone."""
+    labels = (METHOD, NO_PRUNING) if profile.smoke else (*BRIEF, METHOD, NO_PRUNING)
+    return _fitting(profile, [one for one in MAIN_ROWS if one.variant == "described" and one.label in labels])
