@@ -20,7 +20,7 @@ from reproduce.poisoning import Context
 from tests.attacks.stand_ins import random_images
 
 CONFIG = ssba.SETTINGS["fmp", "described"]
-SHORT = replace(CONFIG, bits=4, width=8, batch=16, steps=240, wait=10, ramp=40)
+SHORT = replace(CONFIG, bits=4, width=8, batch=16, steps=120, wait=10, ramp=30)
 SECRET = torch.tensor([1.0, 0.0, 0.0, 1.0])
 ONE_STEP = replace(CONFIG, bits=4, width=4, batch=4, steps=1)
 
