@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
 from figures.comparison import ablation, clean_fraction, comparisons, gallery, if_present
-from figures.style import LABELS, Figure, canvas, errors, legend, limits, look, panels
+from figures.style import BARS, LABELS, Figure, canvas, done, dots, errors, legend, limits, look, panels, seeds
 from reproduce.protocols.fmp import METHOD, PAPER
 from reproduce.results import Results
 from tables.comparison import main_rows, rows
@@ -25,8 +25,10 @@ def figures(results: Results, smoke: bool = False) -> list[Figure]:
     for item in STUDY.items:
         built += if_present(results, PAPER, item, lambda one=item: trade_off(results, one))
     built += if_present(results, PAPER, "clean-fraction", lambda: clean_fraction(results, STUDY))
+    built += if_present(results, PAPER, "faults", lambda: faults(results))
     for factor in FACTORS:
-        built += ablation(results, STUDY, factor)
+        if factor.item != "faults":
+            built += ablation(results, STUDY, factor)
     return [replace(figure, name=f"{PAPER}-{figure.name}") for figure in built]
 
 
@@ -62,6 +64,7 @@ def maps(results: Results) -> Figure | None:
                              label="pruned")
                 axis.set_title(f"{attack}, {variant}")
                 axis.set_yscale("log")
+                axis.xaxis.get_major_locator().set_params(integer=True)
         for axis in grid[-1]:
             axis.set_xlabel("convolution")
         for axis in grid[:, 0]:
@@ -73,6 +76,17 @@ def maps(results: Results) -> Figure | None:
                   "Each dot is a feature map; height: how far the trigger moves it, in standard deviations on clean "
                   "test images. If FMP found the maps that carry the backdoor, the crosses would be on top. First "
                   "finished seed.", draw, data)
+
+
+def faults(results: Results) -> Figure | None:
+    """Every setting between the described and the released one, an attack's in one colour."""
+    keys = ["faults", "attack"]
+    data = done(rows(results, PAPER, "faults", *keys), keys, ("asr", "acc"))
+    if not len(data):
+        return None
+    return Figure("faults", "FMP: the faults of the released script",
+                  f"Each fault added to the described method and taken from the released one. {BARS} {seeds(data)}.",
+                  lambda: dots(data, "faults", "attack", ("asr", "acc")), data, seeds(data))
 
 
 def trade_off(results: Results, item: str) -> Figure | None:
