@@ -317,10 +317,10 @@ def test_controls_prune_as_many(victim, clean, shorten):
     assert run("random", 6).info["pruned"] != drawn.info["pruned"] == run("random").info["pruned"]
     assert "scores" not in drawn.tensors
     images, _labels = fmp.scoring_images(clean, replace(fmp.DESCRIBED, images=16), 5)
-    maps = features(frozen(victim), to_input(images), ("block3.layer.0.bn2",))[1][0].relu().mean((0, 2, 3))
-    at = active.info["layers"].index("block3.layer.0.conv1")
+    maps = features(frozen(victim), to_input(images), ("bn1",))[1][0].relu().mean((0, 2, 3))
+    at = active.info["layers"].index("block3.layer.0.convShortcut")
     torch.testing.assert_close(active.tensors["scores"][active.tensors["layer"] == at], maps)
-    assert set(active.info["pruned"]["block3.layer.0.conv1"]) == set(maps.argsort()[:8].tolist())
+    assert set(active.info["pruned"]["block3.layer.0.convShortcut"]) == set(maps.argsort()[:8].tolist())
 
 
 def test_no_pruning_is_the_fine_tuning_alone(victim, clean, shorten, same):
