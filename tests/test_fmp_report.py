@@ -145,6 +145,12 @@ def test_everyone_has_the_same_clean_data_but_where_the_released_settings_differ
     assert five.pop(METHOD) == 0.10 and set(five.values()) == {0.05} and set(BASELINES) <= set(five)
 
 
+def test_the_released_noise_is_that_of_its_data_set() -> None:
+    noise = {entry.item: entry.task.config.alpha for entry in entries(PROFILES["paper"], [PAPER])
+             if (entry.labels.get("defense"), entry.labels.get("variant")) == (METHOD, "released")}
+    assert (noise["main"], noise["cifar100"], noise["gtsrb"]) == (0.02, 0.03, 0.03)
+
+
 def test_only_cifar_10_is_flipped() -> None:
     flipped = {entry.item: entry.task.victim.recipe.augment.flip for entry in entries(PROFILES["paper"], [PAPER])}
     assert flipped["main"] and not flipped["gtsrb"] and not flipped["cifar100"]
