@@ -55,7 +55,7 @@ def worth(results: Results) -> Table:
     numbers, shown = [], []
     for attack, part in frame.groupby("attack", sort=False):
         settings = dict(iter(part.groupby("faults", sort=False)))
-        for fault in FAULTS:
+        for fault in (name for name in FAULTS if f"described + {name}" in settings):
             line: dict[tuple[str, str], object] = {("", "Attack"): str(attack), ("", "Fault"): fault}
             for kind, first, second in (("Added to described", f"described + {fault}", "described"),
                                         ("Left in released", "released", f"released - {fault}")):

@@ -117,15 +117,17 @@ def test_claims_need_six_seeds_to_be_supported(results: dict[str, Results]) -> N
              for claim in claims.claims(results[paper], PROFILES["paper"])}
     assert set(found) == {"lower-asr-than-nad", "higher-acc-than-nad", "graph-adds", "distillation-adds", "reduces-asr",
                           "loses-little", "loses-little-all", "inverted-trigger-adds", "contrastive-loss-adds"}
-    # Two seeds of about 97 points less ASR.
+    # One or two seeds of about 97 points less ASR.
     assert found["reduces-asr"].outcome == criteria.UNDECIDED
-    assert "points" in found["reduces-asr"].evidence and "2" in found["reduces-asr"].evidence
+    assert "points" in found["reduces-asr"].evidence and "n = 1" in found["reduces-asr"].evidence
     assert all(claim.source for claim in found.values())
 
 
 def test_up_to_is_reached_or_ruled_out(tmp_path: Path) -> None:
     profile = Profile("made", "", "digits", "wrn-10-1", tuple(range(6)), smoke=True)
-    found = made(tmp_path, "mcldef", profile)
+    whole = made(tmp_path, "mcldef", profile)
+    # The attacks that smoke scale runs at every seed.
+    found = Results(whole.store, [entry for entry in whole.entries if entry.labels.get("attack") in ("BadNets", "Blend")])
     table = criteria.defenses(found, tables.mcldef.STUDY, "released")
     attacks = tuple(dict.fromkeys(table["Before"].attack))
     assert criteria.up_to(found, table, "MCLDef", "Before", "asr", 90.0, attacks).outcome == criteria.SUPPORTED

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,6 +73,10 @@ class Profile:
     def sweeps(self, seed: int) -> bool:
         """Whether factors are varied at this seed: to show that it runs, one seed is enough."""
         return not self.smoke or seed == self.seeds[0]
+
+    def attacks(self, listed: Iterable[str], seed: int) -> list[str]:
+        """Those of the listed attacks that are run at this seed: for a second seed to show, two are enough."""
+        return list(listed) if self.sweeps(seed) else list(listed)[:2]
 
     def victim(self, recipe: AnyRecipe) -> AnyRecipe:
         """A victim's recipe at this scale."""

@@ -22,7 +22,7 @@ MORE_ATTACKS = {label: (fmp.ATTACKS[label], fmp.PAPER) for label in ("Low-freque
 
 def entries(profile: Profile) -> list[Entry]:
     """Every run of the cross table at this scale."""
-    return [entry for seed in profile.seeds for label, (attack, paper) in (ATTACKS | MORE_ATTACKS).items()
-            if not profile.smoke or label in SMOKE_ATTACKS
-            for entry in comparison(profile, PAPER, "main", victim(profile, attack, paper, "described", seed),
+    attacks = {label: ATTACKS[label] for label in SMOKE_ATTACKS} if profile.smoke else ATTACKS | MORE_ATTACKS
+    return [entry for seed in profile.seeds for label in profile.attacks(attacks, seed)
+            for entry in comparison(profile, PAPER, "main", victim(profile, *attacks[label], "described", seed),
                                     {"attack": label}, ROWS)]

@@ -67,8 +67,8 @@ def entries(profile: Profile) -> list[Entry]:
 
 
 def _main(profile: Profile, seed: int) -> list[Entry]:
-    return [entry for label, (attack, paper) in ATTACKS.items() if not profile.smoke or label in SMOKE_ATTACKS
-            for entry in comparison(profile, PAPER, "main", victim(profile, attack, paper, "described", seed),
+    return [entry for label in profile.attacks(SMOKE_ATTACKS if profile.smoke else ATTACKS, seed)
+            for entry in comparison(profile, PAPER, "main", victim(profile, *ATTACKS[label], "described", seed),
                                     {"attack": label}, MAIN_ROWS)]
 
 

@@ -82,8 +82,8 @@ def entries(profile: Profile) -> list[Entry]:
 def _main(profile: Profile, seed: int) -> list[Entry]:
     """The main table: attacks as described by their own papers, then those of the released code."""
     found: list[Entry] = []
-    for label, attack in SIX.items():
-        found += comparison(profile, PAPER, "main", victim(profile, attack, PAPER, "described", seed),
+    for label in profile.attacks(SIX, seed):
+        found += comparison(profile, PAPER, "main", victim(profile, SIX[label], PAPER, "described", seed),
                             {"attack": label}, DESCRIBED_ROWS + RELEASED_ROWS)
     if profile.dataset == "cifar10":  # released triggers come as arrays of its size; the embedded data set has none
         for label, (attack, variant) in RELEASED_ATTACKS.items():
