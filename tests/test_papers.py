@@ -127,7 +127,8 @@ def test_up_to_is_reached_or_ruled_out(tmp_path: Path) -> None:
     profile = Profile("made", "", "digits", "wrn-10-1", tuple(range(6)), smoke=True)
     whole = made(tmp_path, "mcldef", profile)
     # The attacks that smoke scale runs at every seed.
-    found = Results(whole.store, [entry for entry in whole.entries if entry.labels.get("attack") in ("BadNets", "Blend")])
+    found = Results(whole.store, [entry for entry in whole.entries
+                                  if entry.labels.get("attack") in ("BadNets", "Blend")])
     table = criteria.defenses(found, tables.mcldef.STUDY, "released")
     attacks = tuple(dict.fromkeys(table["Before"].attack))
     assert criteria.up_to(found, table, "MCLDef", "Before", "asr", 90.0, attacks).outcome == criteria.SUPPORTED
