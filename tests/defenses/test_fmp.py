@@ -414,7 +414,7 @@ def test_the_bench_grants_test_images_where_they_are_asked_for(config, granted, 
 
 def test_a_profile_of_smoke_scale_limits_the_images():
     config = PROFILES["quick"].defense(fmp.DESCRIBED)
-    assert config.images == 24 and PROFILES["paper"].defense(fmp.DESCRIBED).images is None
+    assert config.images == 12 and PROFILES["paper"].defense(fmp.DESCRIBED).images is None
 
 
 @pytest.mark.parametrize("changes", [
