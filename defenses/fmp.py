@@ -181,7 +181,7 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     elif config.select == "activation":
         scores = activities(victim, images, list(sizes))
     used = scores
-    if config.rotated:
+    if config.rotated and scores:
         source = rotation(victim, to_input(images[:1]))
         used = {name: scores[source[name]] for name in sizes}
     chosen = selected(sizes, used, config, seed)

@@ -328,6 +328,9 @@ def test_no_pruning_is_the_fine_tuning_alone(victim, clean, shorten, same):
     result = fmp.defend(victim, clean, config, 5)
     assert result.info["pruned"] == {} and result.info["pruned_maps"] == 0 and not result.tensors["pruned"].any()
     assert same(result.model, ft.fine_tune(victim, clean, config.recipe, 5, phase="pruned"))
+    # With all faults but the leak, which is one of fine-tuning, nothing else is left either.
+    faults = replace(fmp.without_fault("leak"), select="none", recipe=config.recipe)
+    assert same(fmp.defend(victim, clean, faults, 5).model, result.model)
 
 
 def test_narrow_convolutions_are_left_out_and_a_narrow_network_refused(victim, clean, shorten):
