@@ -1,8 +1,7 @@
 """SSBA: the released encoder, a string that can be read off images which stay what they are, and a training in order.
 
-Expected values: StegaStampEncoder(32, 3, 100, return_residual=1) of resource/ssba/models.py of
-SCLBD/BackdoorBench@f02e353 with the weights of `filled`, on `random_images(4)` and bits of `wave`, both less 1/2, torch
-2.15 on a CPU.
+Expected values: StegaStampEncoder(32, 3, 100, return_residual=0) of resource/ssba/models.py of
+SCLBD/BackdoorBench@f02e353 with the weights of `filled`, on `random_images(4)` and bits of `wave`, torch 2.15 on a CPU.
 """
 
 import math
@@ -60,12 +59,19 @@ def state(networks: tuple[ssba.Encoder, ssba.Decoder]) -> dict[str, Tensor]:
 def test_the_encoder_is_the_released_one() -> None:
     encoder = filled(ssba.Encoder(replace(CONFIG, width=32, depth=4)))
     with torch.no_grad():
-        residuals = encoder(random_images(4).float() / 255, (wave(4, 100, step=1.3) > 0).float())
-    expected = [0.18959441781044006, 0.23368389904499054, 0.14524811506271362, 0.24116432666778564]
-    assert residuals[1, 2, 3, :4].tolist() == pytest.approx(expected, abs=1e-5)
-    expected = [0.19225159287452698, 0.1990835815668106, 0.1770096719264984]
-    assert residuals[3, 0, 31, -3:].tolist() == pytest.approx(expected, abs=1e-5)
-    assert residuals.double().square().mean().item() == pytest.approx(0.044686226820947174, rel=1e-4)
+        images = encoder(random_images(4).float() / 255, (wave(4, 100, step=1.3) > 0).float())
+    expected = [0.5369482040405273, 0.556299090385437, 0.5178188681602478, 0.5431276559829712]
+    assert images[1, 2, 3, :4].tolist() == pytest.approx(expected, abs=1e-5)
+    expected = [0.541665256023407, 0.5464905500411987, 0.5439407229423523]
+    assert images[3, 0, 31, -3:].tolist() == pytest.approx(expected, abs=1e-5)
+    assert images.double().square().mean().item() == pytest.approx(0.30013616272513316, rel=1e-6)
+
+
+def test_networks_begin_with_weights_of_he() -> None:
+    network = ssba.initialised(filled(ssba.Encoder(CONFIG)), torch.Generator().manual_seed(0))
+    assert not any(value.any() for name, value in network.named_parameters() if name.endswith("bias"))
+    for layer in (network.secret, network.down[2][0], network.up[0].merge[0]):
+        assert layer.weight.std().item() == pytest.approx((2 / layer.weight[0].numel()) ** 0.5, rel=0.03)
 
 
 def test_the_image_counts_once_the_bits_are_learned() -> None:
@@ -82,7 +88,7 @@ def test_the_string_can_be_read_off_new_images_that_stay_what_they_are(
         triggered = ssba.apply(images, SHORT, state | {"secret": secret}, 7, "test")
         assert ssba.read_right(networks[1], triggered, secret) > 0.9
         assert ssba.read_right(networks[1], triggered, 1 - secret) < 0.1
-        assert ssba.psnr(images, triggered) > 20
+        assert ssba.psnr(images, triggered) > 13  # 8 where the loss knows bits alone; their noise alone is 20
     assert 0.2 < ssba.read_right(networks[1], images, SECRET) < 0.8
 
 
@@ -90,15 +96,17 @@ def test_the_decoder_reads_any_bits(small: Context, networks: tuple[ssba.Encoder
     encoder, decoder = networks
     images, bits = small.images[300:].float() / 255, (wave(100, 4, step=1.3) > 0).float()
     with torch.no_grad():
-        logits = decoder((images + encoder(images, bits)).clamp(0, 1))
+        logits = decoder(encoder(images, bits))
     assert ((logits > 0) == bits.bool()).float().mean() > 0.9
 
 
-def test_every_image_has_a_residual_of_its_own(small: Context, state: dict[str, Tensor]) -> None:
-    images = (small.images[:40] // 2 + 64)  # far from 0 and 255, where residuals are cut
-    residuals = ssba.apply(images, SHORT, state, 7, "test").float() - images.float()
-    assert len(residuals.flatten(1).unique(dim=0)) == 40
-    assert (residuals - residuals.mean(0)).square().mean() > 0.01 * residuals.square().mean()
+def test_every_image_has_a_trace_of_its_own(small: Context, state: dict[str, Tensor]) -> None:
+    images = small.images[300:]
+    traces, others = (ssba.apply(images, SHORT, state | {"secret": secret}, 7, "test").float() - images.float()
+                      for secret in (SECRET, 1 - SECRET))
+    carried = traces - others  # what of the trace the string makes
+    assert len(carried.flatten(1).unique(dim=0)) == 100
+    assert (carried - carried.mean(0)).square().mean() > 0.01 * carried.square().mean()
 
 
 def test_psnr() -> None:
