@@ -22,6 +22,7 @@ STUDY = Study(
      ("five-percent", "released"): ("five-percent", "FMP with 10 % clean data, the others with 5 %")},
     {**DATASETS, "five-percent": "5 % clean data for the others"}, tall=True, grid=("asr", "acc", "ra"),
     measures="RA: share of triggered images that get their true label. ACC non-target leaves the target class out.")
+CLEAN = "Every defender has 10 % clean data."
 SHOWN = ("acc", "asr", "ra")
 FACTORS = (
     Factor("epsilon", "epsilon", "Epsilon", "Start noise and step of the feature reverse generation, of a pixel's "
@@ -39,7 +40,8 @@ FACTORS = (
 
 def tables(results: Results, smoke: bool = False) -> list[Table]:
     """Every table whose entries are at hand, in the report's order."""
-    built = grids(results, STUDY)
+    built = [replace(one, caption=f"{one.caption} {CLEAN}") if not one.name.startswith("five-percent") else one
+             for one in grids(results, STUDY)]
     built += if_present(results, PAPER, "faults", lambda: worth(results))
     built += if_present(results, PAPER, "main", lambda: carriers(results))
     built += details(results, STUDY) + clean_fraction(results, STUDY)

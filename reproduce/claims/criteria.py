@@ -16,7 +16,7 @@ from reproduce.statistics import (
     holm,
     wilcoxon,
 )
-from tables.comparison import Study, main_rows
+from tables.comparison import Study, bounds, main_rows
 from tables.layout import (
     BEFORE,
     LOWER,
@@ -208,8 +208,8 @@ def _adds(one: Compared, p: float) -> Check:
     note = f"; {one.test.note}" if one.test.note else ""
     shown = "-" if math.isnan(p) else f"{p:.3g}"
     return Check(one.subject, SUPPORTED if gained else REFUTED if refuted else UNDECIDED,
-                 f"{heading(one.measure)} {interval.mean:+.2f} points "
-                 f"[{interval.low:+.2f}, {interval.high:+.2f}] against {one.control}, "
+                 f"{heading(one.measure)} {interval.mean:+.2f} points"
+                 f"{bounds(interval.low, interval.high, 2, '+')} against {one.control}, "
                  f"Wilcoxon p (Holm) = {shown}, {len(one.paired)} (attack, seed) pairs{note}",
                  interval.mean, interval.low, interval.high, len(one.paired), p)
 

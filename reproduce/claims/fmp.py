@@ -22,7 +22,7 @@ from reproduce.protocols.fmp import BASELINES, IDLE, METHOD, NO_PRUNING, PAPER, 
 from reproduce.results import Results
 from reproduce.statistics import Interval, hierarchical_bootstrap
 from tables.against_published import published_values
-from tables.comparison import against
+from tables.comparison import against, bounds
 from tables.fmp import STUDY
 from tables.layout import measured
 
@@ -70,8 +70,8 @@ def _average(table: dict, measure: str, wanted: float) -> Check:
     outcome = (below if measure == "asr" else above)(interval, wanted)
     if outcome == UNDECIDED and len(done) >= FEWEST and interval.low <= wanted <= interval.high:
         outcome = SUPPORTED
-    return Check("average", outcome, f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}] over "
-                 f"{done.attack.nunique()} attacks, {len(done)} runs", interval.mean, interval.low, interval.high,
+    return Check("average", outcome, f"{interval.mean:.2f}{bounds(interval.low, interval.high, 2)}, mean over attacks: "
+                 f"{', '.join(done.attack.unique())} (runs: {len(done)})", interval.mean, interval.low, interval.high,
                  len(done))
 
 
@@ -87,7 +87,7 @@ def _range(results: Results, table: dict, variant: str, read: dict, ending: str)
                 counts[name] = gap["n"]
     runs = finished(table.get(METHOD), *(table.get(name) for name in BASELINES))
     least, most = read["least"]["value"], read["most"]["value"]
-    checks = [Check(name, above(gap, least), f"{name}: {gap.mean:+.1f} points [{gap.low:+.1f}, {gap.high:+.1f}]",
+    checks = [Check(name, above(gap, least), f"{name}: {gap.mean:+.1f} points{bounds(gap.low, gap.high, 1, '+')}",
                     gap.mean, gap.low, gap.high, counts[name]) for name, gap in gaps.items()] \
         or [Check("baselines", NOT_RUN, "not run")]
     found = [claim(
@@ -103,7 +103,7 @@ def _range(results: Results, table: dict, variant: str, read: dict, ending: str)
         outcome = SUPPORTED if gap.mean >= most and counts[name] >= FEWEST else UNDECIDED
         if len(gaps) == len(BASELINES) and all(one.below(most) for one in gaps.values()):
             outcome = REFUTED
-        largest = Check(name, outcome, f"{name}: {gap.mean:+.1f} points [{gap.low:+.1f}, {gap.high:+.1f}], "
+        largest = Check(name, outcome, f"{name}: {gap.mean:+.1f} points{bounds(gap.low, gap.high, 1, '+')}, "
                         f"{counts[name]} pairs", gap.mean, gap.low, gap.high, counts[name])
     found.append(claim(
         PAPER, f"largest-gap{ending}", f"FMP (as {variant}) leaves up to {most} points less ASR than a baseline.",
