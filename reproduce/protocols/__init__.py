@@ -129,8 +129,8 @@ PROFILES = {
                 victim_epochs=6, defense_epochs=8, smoke=True, preact="preact-resnet-18-w8",
                 elsewhere=(), texts=("sentences",), encoder=TINY),
         Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, two seeds: a night on a laptop; FMP on a narrow "
-                       "network, with its baselines' epochs, ANP's iterations and the scoring images cut too", "cifar10",
-                "wrn-16-1", (0, 1), victim_epochs=12, preact="preact-resnet-18-w16", elsewhere=("gtsrb",),
+                       "network, with its baselines' epochs, ANP's iterations and the scoring images cut too",
+                "cifar10", "wrn-16-1", (0, 1), victim_epochs=12, preact="preact-resnet-18-w16", elsewhere=("gtsrb",),
                 texts=("sst-2",), encoder=MINILM),
         Profile("paper", "the exact protocol", "cifar10", "wrn-16-1", (0, 1, 2, 3, 4, 5)),
     )
