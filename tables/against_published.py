@@ -13,7 +13,7 @@ from tables.layout import PUBLISHED, estimate, grouped, measured, present, table
 from tables.render import MISSING, Table, Value, heading
 
 ROUNDING = 0.005        # published values have two decimals
-WIDE = 20.0             # points: a prediction interval wider than this agrees with almost anything
+WIDE = 20.0             # points: an interval wider than this agrees with almost anything
 
 
 def published_values(paper: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from figures import fmp as figures
 from reproduce import claims
 from reproduce.cells import Victim
 from reproduce.claims import criteria
+from reproduce.claims import fmp as fmp_claims
 from reproduce.protocols import PROFILES, Entry, departure, entries
 from reproduce.protocols.fmp import BASELINES, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM, fitted
 from reproduce.results import Results
@@ -123,6 +125,14 @@ def test_claims(tmp_path: Path) -> None:
     assert all(claim.source for claim in found.values())
     narrow = claims.scaled(found["asr"], PROFILES["cpu"], departure(PAPER, PROFILES["cpu"]))
     assert narrow.verdict == criteria.UNDECIDED and "no verdict on the paper" in narrow.evidence
+
+
+@pytest.mark.parametrize(("second", "outcome"), [(3.2, criteria.SUPPORTED), (40.0, criteria.UNDECIDED),
+                                                 (1.5, criteria.SUPPORTED)])
+def test_a_wide_interval_supports_no_average(second: float, outcome: str) -> None:
+    runs = pd.DataFrame([{"attack": attack, "seed": seed, "status": "done", "asr": value + 0.1 * seed}
+                         for attack, value in (("BadNets", 2.0), ("SSBA", second)) for seed in range(3)])
+    assert fmp_claims._average({METHOD: runs}, "asr", 2.86).outcome == outcome
 
 
 def test_a_narrow_network_loses_as_many_maps_of_a_layer() -> None:

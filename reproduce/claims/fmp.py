@@ -21,7 +21,7 @@ from reproduce.claims.criteria import (
 from reproduce.protocols.fmp import BASELINES, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM
 from reproduce.results import Results
 from reproduce.statistics import Interval, hierarchical_bootstrap
-from tables.against_published import published_values
+from tables.against_published import WIDE, published_values
 from tables.comparison import against, bounds
 from tables.fmp import STUDY
 from tables.layout import measured
@@ -44,7 +44,8 @@ def claims(results: Results) -> list[Claim]:
             found.append(claim(
                 PAPER, f"{measure}{ending}", f"{statement} (as {variant}).", read[measure]["source"],
                 f"The 95 % interval of the average over the attacks wholly {which} {wanted}, or containing it on at "
-                f"least {FEWEST} runs: supported. Wholly on the other side: not supported. {ONE_SEED}",
+                f"least {FEWEST} runs and no wider than {WIDE:.0f} points: supported. Wholly on the other side: not "
+                f"supported. {ONE_SEED}",
                 [_average(table, measure, wanted)], runs))
         found += _range(results, table, variant, read, ending)
     table = defenses(results, STUDY, "described")
@@ -68,7 +69,9 @@ def _average(table: dict, measure: str, wanted: float) -> Check:
         return Check("average", NOT_RUN, "not run")
     interval = hierarchical_bootstrap([part[measure].to_list() for _, part in done.groupby("attack", sort=False)])
     outcome = (below if measure == "asr" else above)(interval, wanted)
-    if outcome == UNDECIDED and len(done) >= FEWEST and interval.low <= wanted <= interval.high:
+    # Undecided: the interval contains the published value, as a wide one almost always does. That it must not be wide
+    # was added after the first runs and only withholds verdicts.
+    if outcome == UNDECIDED and len(done) >= FEWEST and interval.high - interval.low <= WIDE:
         outcome = SUPPORTED
     return Check("average", outcome, f"{interval.mean:.2f}{bounds(interval.low, interval.high, 2)}, mean over attacks: "
                  f"{', '.join(done.attack.unique())} (runs: {len(done)})", interval.mean, interval.low, interval.high,
