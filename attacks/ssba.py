@@ -23,6 +23,7 @@ trains a victim. As in BackdoorBench, E gives the image (--use_residual 0); ISSB
 what is added to it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -154,7 +155,8 @@ def random_bits(count: int, config: Config, rng: torch.Generator) -> Tensor:
     return torch.randint(2, (count, config.bits), generator=rng).float()
 
 
-def trained(images: Tensor, config: Config, seed: int, progress=lambda share: None) -> tuple[Encoder, Decoder]:
+def trained(images: Tensor, config: Config, seed: int,
+            progress: Callable[[float], None] = lambda share: None) -> tuple[Encoder, Decoder]:
     """E and D, trained on uint8 images (N, 3, H, W)."""
     with torch.device("meta"):
         blank = Encoder(config), Decoder(config, *images.shape[2:])

@@ -71,7 +71,7 @@ class Config:
     validation: float = 0.2         # ours, as FP's: share of the clean images held out
     recipe: Recipe = RELEASED
     # Whether tolerance is a percentage of the victim's held-out accuracy instead.
-    relative: bool = field(default=False, metadata={"since": "FMP"})
+    relative: bool = field(default=False, metadata={"since": "fmp"})
 
     def __post_init__(self) -> None:
         if self.eps < 0 or self.steps < 1 or self.iterations < 1:

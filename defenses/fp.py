@@ -46,8 +46,8 @@ class Config:
     tolerance: float = 4.0          # ours: percentage points of validation accuracy
     validation: float = 0.2         # ours: share of the clean images
     recipe: Recipe = ft.RELEASED
-    relative: bool = field(default=False, metadata={"since": "FMP"})
-    last: bool = field(default=False, metadata={"since": "FMP"})
+    relative: bool = field(default=False, metadata={"since": "fmp"})
+    last: bool = field(default=False, metadata={"since": "fmp"})
 
 
 BENCH = Config(tolerance=10.0, relative=True, recipe=ft.BENCH)      # v1:474, config/defense/fp/cifar10.yaml, v1:490

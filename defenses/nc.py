@@ -63,7 +63,7 @@ class Inversion:
     patience: int = 5                           # :61
     stop_ratio: float = 1.0                     # :66
     stop_patience: int = 25                     # :67
-    ones: bool = field(default=False, metadata={"since": "FMP"})
+    ones: bool = field(default=False, metadata={"since": "fmp"})
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batches or 1, self.batch, self.patience) < 1 or not 0 < self.success <= 1:

@@ -50,7 +50,7 @@ class Recipe:
     augment: Augment = Augment()
     precision: str = "fp32"
     graph: bool = field(default=False, metadata={"identity": False})
-    cosine: Cosine | None = field(default=None, metadata={"since": "FMP"})
+    cosine: Cosine | None = field(default=None, metadata={"since": "fmp"})
 
     def rate(self, epoch: int) -> float:
         """Learning rate in force at `epoch`."""

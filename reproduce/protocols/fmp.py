@@ -121,14 +121,19 @@ def _on(dataset: str, config: Any) -> Any:
 
 def _fitting(profile: Profile, rows: list[Row]) -> list[Row]:
     """The rows for the profile's data set, model and scale."""
-    shortened = profile.victim_epochs is not None and not profile.smoke
-    return [replace(one, config=_own(profile, one.config)) for one in rows if one.defense != "nc" or not shortened]
+    return [replace(one, config=_own(profile, one.config)) for one in rows
+            if one.defense != "nc" or not _shortened(profile)]
 
 
 def _own(profile: Profile, config: Any) -> Any:
     if isinstance(config, fmp.Config) and config.alpha == _RELEASED.alpha:
         config = replace(config, alpha=NOISE.get(profile.dataset, config.alpha))
-    return _on(profile.dataset, fitted(config, WIDTHS[profile.model], profile.victim_epochs is not None))
+    return _on(profile.dataset, fitted(config, WIDTHS[profile.model], _shortened(profile)))
+
+
+def _shortened(profile: Profile) -> bool:
+    """Whether more than epochs is cut; the smoke scale cuts by values of its own."""
+    return profile.victim_epochs is not None and not profile.smoke
 
 
 def _main(profile: Profile, item: str, seed: int) -> list[Entry]:
