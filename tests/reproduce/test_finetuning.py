@@ -1,5 +1,6 @@
 """Text encoders and their fine-tuning: batches do not matter, an interrupted training ends bit for bit the same."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from reproduce import finetuning
 from reproduce.data import load_text
 from reproduce.data.texts import Texts
 from reproduce.errors import UserError
 from reproduce.finetuning import TextRecipe, fine_tune
 from reproduce.models import encoder
 from reproduce.models.encoder import TextClassifier
+from reproduce.models.linear import Linear, through_onednn
 
 NOWHERE = Path("nowhere")
 DATA = load_text("sentences", NOWHERE)
@@ -172,3 +175,57 @@ def test_minilm_from_its_package() -> None:
         second.network.bert.embeddings.word_embeddings.weight)
     assert not first.network.classifier.weight.equal(second.network.classifier.weight)
     assert first.encode(["a fine film"]) == [[101, 1037, 2986, 2143, 102]]
+
+
+def test_a_batch_in_parts_has_the_gradients_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout; and one step with all sentences at once is one with eight at a time."""
+    found = []
+    for rows in (8, 10_000):
+        monkeypatch.setattr(finetuning, "PART", rows)
+        model = tiny()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        history = fine_tune(model, few(), few(50), replace(RECIPE, epochs=1, keep_best=False), 0, phase="training")
+        found.append((weights(model), history))
+    (parts, rows_of_parts), (whole, rows_of_whole) = found
+    for name, value in whole.items():
+        assert torch.allclose(parts[name], value, atol=2e-5), name
+    assert rows_of_parts[0]["loss"] == pytest.approx(rows_of_whole[0]["loss"], rel=1e-4)
+    assert rows_of_parts[0]["train_acc"] == rows_of_whole[0]["train_acc"]
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_are_those_of_torch_and_so_are_their_gradients(shape: tuple[int, ...], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theirs = torch.nn.Linear(24, 40, bias=bias)
+    ours = through_onednn(torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias)))
+    ours[0].load_state_dict(theirs.state_dict())
+    assert type(ours[0]) is Linear
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for _ in range(2)]
+    inputs[1].data.copy_(inputs[0].data)
+    weight = torch.randn((*shape[:-1], 40), generator=generator)
+    outputs = [layer(x) for layer, x in zip((theirs, ours), inputs, strict=True)]
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+    for output in outputs:
+        (output * weight).sum().backward()
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-5)
+    for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-4)
+
+
+def test_linear_layers_leave_autocast_and_other_types_to_torch() -> None:
+    layer = through_onednn(torch.nn.Sequential(torch.nn.Linear(24, 40)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(3, 24)).dtype == torch.bfloat16
+    assert layer.double()(torch.ones(3, 24, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_frozen_linear_layer_hands_gradients_through() -> None:
+    layer = through_onednn(torch.nn.Sequential(torch.nn.Linear(4, 3))).requires_grad_(False)
+    x = torch.ones(2, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer[0].weight.sum(0).expand(2, 4))
+    with torch.inference_mode():
+        assert layer(x).shape == (2, 3)
