@@ -56,7 +56,7 @@ class Config:
     labels: str = "clean-label"  # Turner et al. (the title)
     epsilon: float = 8.0  # hkunzhe config/craft.yaml@224f587
     step: float = 1.5  # hkunzhe config/craft.yaml@224f587
-    steps: int = 100  # hkunzhe config/craft.yaml@224f587
+    steps: int = field(default=100, metadata={"smoke": 25})  # hkunzhe config/craft.yaml@224f587
     batch: int = 250  # ours: memory only, images do not influence each other
     patches: tuple[tuple[tuple[tuple[int, ...], ...], int, int], ...] = field(  # MadryLab, "all-corners"
         default=CORNERS, metadata={"since": "argd"})

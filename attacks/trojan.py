@@ -16,7 +16,7 @@ array are used. Signed gradient steps, their size and the target value follow Ba
 of images is ours, as is keeping the best patch seen.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Config:
     column: int = -7
     target_value: float = 100.0  # BackdoorBench config/attack/trojannn/preactresnet18.yaml@f02e353
     step: float = 0.1  # BackdoorBench attack/trojannn.py@f02e353:76, pixels in [0, 1]
-    steps: int = 200  # ours (BackdoorBench 1000): the activation has levelled off
+    steps: int = field(default=200, metadata={"smoke": 50})  # ours (BackdoorBench 1000): it has levelled off
     images: int = 32  # ours
 
 
