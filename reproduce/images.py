@@ -29,6 +29,7 @@ EMBEDDED = "digits"
 BACKWARD_COST = 3.0
 TRAIN_IMAGES = {"digits": 1438, "cifar10": 50_000, "cifar100": 50_000, "gtsrb": 39_209, "tiny-imagenet": 100_000}
 TEST_IMAGES = {"digits": 359, "cifar10": 10_000, "cifar100": 10_000, "gtsrb": 12_630, "tiny-imagenet": 10_000}
+SIDES = {"tiny-imagenet": 64}   # in pixels; 32 elsewhere
 
 
 class ImageBench:
@@ -40,15 +41,16 @@ class ImageBench:
 
     @staticmethod
     def cost(task: Task) -> float:
-        """Work of a task in forward passes of one image; used for ordering and for time estimates only."""
+        """Work of a task in forward passes of one image through WRN-16-1; used for ordering and time estimates only."""
+        each = models.size(task.victim.model, SIDES.get(task.victim.dataset, 32))
         total, test = TRAIN_IMAGES[task.victim.dataset], 2 * TEST_IMAGES[task.victim.dataset]
         if isinstance(task, Cell):
             epochs = sum(recipe.epochs for recipe in recipes(task.config))
             clean = round(task.clean_fraction * total)
             work = getattr(defense_module(task.defense), "work", lambda config, images, classes: 0)
             trained = epochs * clean + work(task.config, clean, data.NUM_CLASSES[task.victim.dataset])
-            return (BACKWARD_COST + 1) * trained + test * (1 + epochs * task.curve)
-        return BACKWARD_COST * sum(recipe.epochs for recipe in recipes(task.victim.recipe)) * total + test
+            return each * ((BACKWARD_COST + 1) * trained + test * (1 + epochs * task.curve))
+        return each * (BACKWARD_COST * sum(recipe.epochs for recipe in recipes(task.victim.recipe)) * total + test)
 
     @staticmethod
     def check(victims: list[Victim], root: Path) -> None:

@@ -12,10 +12,12 @@ first, as BackdoorBench does, it does that itself (`normalised.Normalised`), as 
 """
 
 import inspect
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from reproduce.errors import UserError
 from reproduce.models.normalised import IDENTITY, NORMALISATIONS, Normalisation, Normalised
@@ -70,6 +72,18 @@ def build(name: str, num_classes: int, seed: int, dataset: str | None = None) ->
 def source(name: str) -> Path:
     """The file that defines the architecture `name`."""
     return Path(inspect.getfile(ARCHITECTURES[name][0]))
+
+
+@cache
+def size(name: str, side: int = 32) -> float:
+    """Work of a forward pass of one image of `side` pixels, as a multiple of WRN-16-1's at 32; to estimate time."""
+    def operations(name: str, side: int) -> int:
+        architecture, arguments = ARCHITECTURES[name]
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            architecture(*arguments, 10).eval()(torch.empty(1, 3, side, side))
+        return counter.get_total_flops()
+
+    return operations(name, side) / operations("wrn-16-1", 32)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ from defenses import fp, nad
 from reproduce.data.augment import to_input
 from reproduce.defending import Clean
 from reproduce.errors import UserError
-from reproduce.models import build, normalise_inputs, parameter_count, source
+from reproduce.models import build, normalise_inputs, parameter_count, size, source
 from reproduce.models.checkpoints import load_checkpoint
 from reproduce.models.taps import classifier, features, penultimate
 
@@ -402,3 +402,11 @@ def test_wrong_files_get_one_line(tmp_path: Path, trained: dict, make: object, s
 def test_unknown_architecture_lists_the_known() -> None:
     with pytest.raises(UserError, match="wrn-16-1"):
         build("resnet-50", 10, 0)
+
+
+def test_sizes_are_multiples_of_the_small_network() -> None:
+    """For estimates of time: a PreAct-ResNet18 multiplies 20 times as often, at 64 pixels four times more."""
+    assert size("wrn-16-1") == 1.0
+    assert 19 < size("preact-resnet-18") < 22
+    assert size("preact-resnet-18", 64) == pytest.approx(4 * size("preact-resnet-18"), rel=0.01)
+    assert size("preact-resnet-18-w8") < size("preact-resnet-18-w16") < 2
