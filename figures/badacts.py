@@ -11,17 +11,15 @@ from matplotlib.figure import Figure as Canvas
 from figures.comparison import ablation, comparisons, if_present, number
 from figures.style import (
     BARS,
-    LABELS,
     Figure,
     done,
-    errors,
     legend,
-    limits,
     lines,
     look,
     panels,
     seeds,
     tiles,
+    trade_offs,
 )
 from reproduce.protocols.badacts import METHOD, PAPER, STATISTICS, detection, purification
 from reproduce.results import Results
@@ -68,24 +66,8 @@ def trade_off(results: Results, dataset: str) -> Figure | None:
     data = done(frame, ["attack", "defense"], ("asr", "acc"))
     if not len(data):
         return None
-    attacks, names = (list(dict.fromkeys(data[key])) for key in ("attack", "defense"))
-
-    def draw() -> Canvas:
-        with tiles(attacks, LABELS["asr"], LABELS["acc"], extra=1.5) as (figure, axes):
-            for axis, attack in zip(axes, attacks, strict=True):
-                for i, name in enumerate(names):
-                    asr, acc = (data[(data.attack == attack) & (data.defense == name) & (data.measure == measure)]
-                                for measure in ("asr", "acc"))
-                    colour, marker = look(name, i)
-                    # Error bars of a missing run would be none, but its name belongs into the legend.
-                    axis.errorbar(asr["mean"], acc["mean"], xerr=errors(asr), yerr=errors(acc), fmt=marker,
-                                  color=colour, elinewidth=0.7, label=name)
-            limits(axes, ["asr"] * len(axes))
-            legend(figure, axes[0], len(names))
-        return figure
-
     return Figure("trade-off", f"BadActs: ASR against ACC, {dataset}", "Best is top left; ACC is the paper's CACC. "
-                  f"{BARS} {seeds(data)}.", draw, data, seeds(data))
+                  f"{BARS} {seeds(data)}.", lambda: trade_offs(data, "attack", "defense"), data, seeds(data))
 
 
 def _detectors(results: Results, dataset: str) -> Iterator[tuple[str, str, str, Run]]:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from figures.comparison import if_present
-from figures.style import BARS, LABELS, Figure, done, errors, legend, look, panels, seeds
+from figures.style import BARS, LABELS, Figure, done, look, panels, seeds, trade_offs
 from reproduce.results import Results
 from reproduce.statistics import Ranking
 from tables.cross import PAPER, equals, main_rows, ranked
@@ -69,38 +69,6 @@ def trade_off(results: Results) -> Figure | None:
     data = done(frame, ["attack", "defense"], ("asr", "acc"))
     if not len(data):
         return None
-    attacks = list(dict.fromkeys(data.attack))
-
-    def draw() -> Canvas:
-        columns = min(3, len(attacks))
-        lines = -(-len(attacks) // columns)
-        with panels(0.6 + 1.6 * lines, [""]) as (figure, axes):
-            axes[0].remove()
-            grid = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False).ravel()
-            for place, axis in enumerate(grid):
-                if place >= len(attacks):
-                    axis.remove()
-                    continue
-                _points(axis, data[data.attack == attacks[place]])
-                axis.set_title(attacks[place])
-            for axis in grid[:len(attacks)]:
-                if axis.get_subplotspec().is_last_row():
-                    axis.set_xlabel(LABELS["asr"])
-                if axis.get_subplotspec().is_first_col():
-                    axis.set_ylabel(LABELS["acc"])
-            names = list(dict.fromkeys(data.defense))
-            legend(figure, grid[0], len(names))
-        return figure
-
     return Figure("trade-off", "Every defense on every attack: ASR against ACC", f"Best is top left. {BARS} "
-                  f"{seeds(data)}.", draw, data, seeds(data))
+                  f"{seeds(data)}.", lambda: trade_offs(data, "attack", "defense", columns=3), data, seeds(data))
 
-
-def _points(axis: Axes, part: pd.DataFrame) -> None:
-    for i, (name, one) in enumerate(part.groupby("defense", sort=False)):
-        asr, acc = (one[one.measure == measure] for measure in ("asr", "acc"))
-        if len(asr) and len(acc):
-            colour, marker = look(str(name), i)
-            axis.errorbar(asr["mean"], acc["mean"], xerr=errors(asr), yerr=errors(acc), fmt=marker, color=colour,
-                          elinewidth=0.7, label=name)
-    axis.set_xlim(-3, 103)

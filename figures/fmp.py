@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
 from figures.comparison import ablation, clean_fraction, comparisons, gallery, if_present
-from figures.style import BARS, LABELS, Figure, canvas, done, dots, errors, legend, limits, look, panels, seeds
+from figures.style import BARS, LABELS, Figure, canvas, done, dots, legend, look, marks, panels, seeds
 from reproduce.protocols.fmp import METHOD, PAPER
 from reproduce.results import Results
 from tables.comparison import main_rows, rows
@@ -109,13 +109,8 @@ def trade_off(results: Results, item: str) -> Figure | None:
     def draw() -> Canvas:
         with panels(3.2, measures[1:]) as (figure, axes):
             for axis, measure in zip(axes, measures[1:], strict=True):
-                for i, (name, one) in enumerate(data.groupby("series", sort=False)):
-                    asr, other = (one[one.measure == m] for m in ("asr", measure))
-                    colour, marker = look(str(name), i)
-                    axis.errorbar(asr["mean"], other["mean"], xerr=errors(asr), yerr=errors(other), fmt=marker,
-                                  color=colour, elinewidth=0.6, label=name)
+                marks(axis, data, "series", list(dict.fromkeys(data.series)), measure)
                 axis.set(xlabel=LABELS["asr"], ylabel=LABELS[measure])
-                limits([axis], ["asr"])
             legend(figure, axes[0], data.series.nunique())
         return figure
 

@@ -33,11 +33,11 @@ LABELS = {measure: f"{heading(measure)} (%)" for measure in ("asr", "acc", "acc_
 LOOKS = {"Before": ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
     ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"),
     ("NAD, betas 2000/5000/2000", 8, "<"), ("ARGD without distillation", 9, "D"), ("ARGD", 1, "X"),
-    ("ANP", 7, "p"), ("I-BAU", 9, "h"), ("NC", 8, ">"),
+    ("I-BAU", 9, "h"), ("NC", 8, ">"),
     ("CUBE", 5, "p"), ("ONION", 3, "^"), ("Word drop", 8, "v"), ("STRIP", 9, "D"), ("RAP", 1, "h"), ("DAN", 4, ">"))},
     "MCLDef": ("#4b1d6b", "X"), "MCLDef, random trigger": ("#c3a0dc", "o"),
     "MCLDef, cross-entropy": ("#8e5bb8", "d"), "MCLDef, target estimated": ("#6a3a94", "*"),
-    "CLP": (_COLOURS[6], "<"), "RNP": (_COLOURS[0], "d"), "FT-SAM": (_COLOURS[2], "*"),
+    "ANP": ("#5c7a29", "p"), "CLP": (_COLOURS[6], "<"), "RNP": ("#0b6e6e", "d"), "FT-SAM": (_COLOURS[2], "*"),
     "FMP": ("#7a1f1f", "X"), "FMP, described": ("#7a1f1f", "X"), "FMP, released": ("#7a1f1f", "P"),
     "FMP, no pruning": ("#e0b3a6", "o"), "FMP, random maps": ("#cf8a78", "d"),
     "FMP, least active maps": ("#b05a48", "s"),
@@ -107,7 +107,9 @@ def tiles(titles: Sequence[str], xlabel: str, ylabel: str, height: float = 1.5, 
     grid = figure.subplots(lines_, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for place, (axis, title) in enumerate(zip(grid, titles, strict=False)):
         axis.set_title(title)
-        axis.set(xlabel=xlabel if place + columns >= len(titles) else "", ylabel="" if place % columns else ylabel)
+        lowest = place + columns >= len(titles)     # of its column, though another row may follow
+        axis.tick_params(labelbottom=lowest)
+        axis.set(xlabel=xlabel if lowest else "", ylabel="" if place % columns else ylabel)
     for axis in grid[len(titles):]:
         axis.remove()
     yield figure, list(grid[:len(titles)])
@@ -190,6 +192,26 @@ def lines(data: pd.DataFrame, x: str, series: str, measures: Sequence[str], xlab
         if len(names) > 1:
             legend(figure, axes[0], len(names))
     return figure
+
+
+def trade_offs(data: pd.DataFrame, panel: str, series: str, columns: int = 2, extra: float = 1.5) -> Canvas:
+    """ASR against ACC: axes per `panel`, a mark per `series`."""
+    titles, names = (list(dict.fromkeys(data[key])) for key in (panel, series))
+    with tiles(titles, LABELS["asr"], LABELS["acc"], columns=min(columns, len(titles)), extra=extra) as (figure, axes):
+        for axis, title in zip(axes, titles, strict=True):
+            marks(axis, data[data[panel] == title], series, names, "acc")
+        legend(figure, axes[0], len(names))
+    return figure
+
+
+def marks(axis: Axes, data: pd.DataFrame, series: str, names: Sequence[str], measure: str) -> None:
+    """ASR against another measure, with intervals; names without a run are only for the legend."""
+    for i, name in enumerate(names):
+        asr, other = (data[(data[series] == name) & (data.measure == each)] for each in ("asr", measure))
+        colour, marker = look(name, i)
+        axis.errorbar(asr["mean"], other["mean"], xerr=errors(asr), yerr=errors(other), fmt=marker, color=colour,
+                      elinewidth=0.7, label=name)
+    limits([axis], ["asr"])
 
 
 def limits(axes: Sequence[Axes], measures: Sequence[str]) -> None:
