@@ -46,10 +46,9 @@ def source_hash(task: Task) -> str:
 @lru_cache(maxsize=1)
 def _machine() -> dict[str, Any]:
     import numpy
-    import torchvision
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": numpy.__version__, "platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count(),
-            "commit": _commit()}
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": importlib.metadata.version("torchvision"), "numpy": numpy.__version__,
+            "platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count(), "commit": _commit()}
 
 
 def _cpu() -> str:

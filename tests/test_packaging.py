@@ -229,3 +229,9 @@ def test_no_install_names_what_is_missing(project: Path, tmp_path: Path, script:
 def test_bad_arguments_exit_with_2() -> None:
     refused = run(ROOT / "run_all.sh", "--no-install", "--no-such-option", PYTHON=sys.executable)
     assert refused.returncode == 2 and "--no-such-option" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_the_command_line_starts_without_what_takes_seconds_to_import() -> None:
+    seen = "import sys, reproduce.cli; print(*({'torchvision', 'torch._dynamo', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout.split() == []

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets import ImageFolder
 
 from reproduce.defending import Clean
 from reproduce.errors import UserError
@@ -14,6 +13,7 @@ from reproduce.errors import UserError
 
 def load_folder(folder: Path, num_classes: int, size: int = 32) -> Clean:
     """All images below `folder`, RGB, resized to size x size. Raises UserError for a wrong layout or a bad image."""
+    from torchvision.datasets import ImageFolder  # three seconds to import
     try:
         listing = ImageFolder(str(folder))
     except (FileNotFoundError, OSError) as error:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from reproduce.errors import UserError
 from reproduce.models.normalised import IDENTITY, NORMALISATIONS, Normalisation, Normalised
@@ -77,6 +76,8 @@ def source(name: str) -> Path:
 @cache
 def size(name: str, side: int = 32) -> float:
     """Work of a forward pass of one image of `side` pixels, as a multiple of WRN-16-1's at 32; to estimate time."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     def operations(name: str, side: int) -> int:
         architecture, arguments = ARCHITECTURES[name]
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
