@@ -17,21 +17,22 @@ during mask training (oc:173) and a perturbation that is not cut back to eps aft
 Which threshold. The official script prints test accuracy and ASR at each threshold of a grid and chooses none
 (pn:133-152); BackdoorBench@f02e353 stops where test accuracy has lost a relative 10 % (defense/anp.py). BackdoorBench
 v1, FMP's substrate (huangd1999/BackdoorBench@6135839: v1, defense/anp/anp.py), takes the lowest test ASR among the
-thresholds that change test accuracy by less than that (:266-269). All look at test data. Ours by default holds clean
-images out from the mask training and, going up the official grid, stops before held-out accuracy first falls by more
-than `tolerance`: FP's rule. In ("fmp", "described") that is a relative 10 %. The mask is kept with the run, so that
-what another threshold would have pruned can be told, and measured, afterwards. A fixed threshold needs no held-out
-images.
+thresholds that change test accuracy by less than that (:266-269); so does the setting "oracle", with the mask of the
+default one. All look at test data. Ours by default holds clean images out from the mask training and, going up the
+official grid, stops before held-out accuracy first falls by more than `tolerance`: FP's rule. In ("fmp", "described")
+that is a relative 10 %. The mask is kept with the run, so that what another threshold would have pruned can be told,
+and measured, afterwards. A fixed threshold needs no held-out images.
 
 Departures. Batches come from passes over the images instead of draws with replacement (oc:81), and `iterations` is
 rounded up to whole passes. Images are in [0, 1]; normalisation is a matter of the model. The paper's text was not
 readable to us; that it prunes at FIXED is unconfirmed, and no file of its repository says so.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,9 @@ class Config:
     recipe: Recipe = RELEASED
     # Whether tolerance is a percentage of the victim's held-out accuracy instead.
     relative: bool = field(default=False, metadata={"since": "fmp"})
+    # The threshold by test ASR, out of those that change test accuracy by less than `change` percent of it.
+    oracle: bool = field(default=False, metadata={"since": "the oracle row"})
+    change: float = field(default=10.0, metadata={"since": "the oracle row"})   # v1: anp.py:266
 
     def __post_init__(self) -> None:
         if self.eps < 0 or self.steps < 1 or self.iterations < 1:
@@ -107,6 +111,7 @@ def check_choice(method: str, config: Choice) -> None:
 
 SETTINGS = {
     ("anp", "released"): Config(),
+    ("mcldef", "oracle"): Config(oracle=True),
     ("mcldef", "described"): Config(),          # MCLDef names no settings: those of the method's own repository
     ("fmp", "described"): Config(               # v1: config/defense/anp/cifar10.yaml, anp.py:266
         tolerance=10.0, relative=True, recipe=replace(RELEASED, batch=256)),
@@ -114,18 +119,29 @@ SETTINGS = {
 
 
 def requires(config: Config) -> frozenset[str]:
-    """Nothing but the clean images."""
-    return frozenset()
+    """Nothing but the clean images, and for the oracle test accuracy and ASR."""
+    return frozenset({"test-asr"} if config.oracle else ())
+
+
+def builds_on(config: Config) -> Config | None:
+    """The oracle prunes by the mask that the same settings without it train."""
+    return replace(config, oracle=False) if config.oracle else None
 
 
 def work(config: Config, images: int, classes: int) -> float:
-    """Perturbation and mask go forwards and backwards, the clean loss adds a little."""
-    return 2.5 * config.iterations * config.recipe.batch
+    """Perturbation and mask go forwards and backwards, the clean loss adds a little; the oracle trains nothing."""
+    return 0 if config.oracle else 2.5 * config.iterations * config.recipe.batch
 
 
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
-           clean_model: nn.Module | None = None) -> Defended:
-    """A copy of `model` without the channels whose mask ends at or below the threshold; the rest as in `prune`."""
+           clean_model: nn.Module | None = None, base: dict[str, Tensor] | None = None) -> Defended:
+    """A copy of `model` without the channels whose mask ends at or below the threshold; the rest as in `prune`, or for
+    the oracle as in `prune_by_asr`. base: the tensors of the run that `builds_on` names."""
+    if config.oracle:
+        if clean.measured is None or base is None:
+            raise UserError("this setting of ANP chooses its threshold by test ASR and was granted none: choose "
+                            "another")
+        return prune_by_asr(model, base["mask"].to(clean.images.device), clean.measured, config)
     part, held_out = split(clean, config, seed)
     return prune(model, train_mask(model, part, config, seed, observe), held_out, config)
 
@@ -149,6 +165,25 @@ def prune(model: nn.Module, mask: Tensor, held_out: Clean | None, config: Choice
         count = fp.pruned_count(curve, fp.points(config.tolerance, config.relative, curve[0]))
         threshold = grid[count - 1] if count else None      # the curve's first entry is the victim
         info = {"validation_acc": curve[0], "validation_curve": list(zip(grid, curve[1:], strict=True))}
+    return _cut(model, mask, threshold, info)
+
+
+def prune_by_asr(model: nn.Module, mask: Tensor, measured: Callable[[nn.Module], tuple[float, float]],
+                 config: Config) -> Defended:
+    """A copy of `model` without the channels whose mask, (C,), is at or below the threshold of the lowest test ASR, the
+    lowest of equals, among those that change test accuracy by less than `change` percent of it.
+
+    info: as of `prune`, with test accuracy and ASR (percent) at every threshold of the grid. tensors: the mask.
+    """
+    before = measured(model)[0]
+    curve = [(threshold, *measured(pruned(model, mask <= threshold))) for threshold in thresholds(config)]
+    fine = [(asr, threshold) for threshold, acc, asr in curve if abs(before - acc) < config.change * before / 100]
+    threshold = min(fine)[1] if fine else None
+    info = {"test_acc": before, "test_curve": curve}
+    return _cut(model, mask, threshold, info)
+
+
+def _cut(model: nn.Module, mask: Tensor, threshold: float | None, info: dict[str, Any]) -> Defended:
     channels = torch.zeros_like(mask, dtype=torch.bool) if threshold is None else mask <= threshold
     return Defended(pruned(model, channels), {
         "threshold": threshold, "pruned": int(channels.sum()), "channels": len(mask),

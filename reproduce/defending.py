@@ -22,12 +22,16 @@ class Clean:
 
     test: the clean TEST images, uint8, granted only where `requires` names "test-images". No defense may ask for them
     but to reproduce a published script that leaks them into its result (FMP's); they come without labels.
+
+    measured: test accuracy and ASR (percent) of a model, granted only where `requires` names "test-asr": for a row that
+    says in its name that it chose by them (ANP's oracle).
     """
 
     images: Tensor
     labels: Tensor
     num_classes: int
     test: Tensor | None = None
+    measured: Callable[[nn.Module], tuple[float, float]] | None = None
 
 
 @dataclass

@@ -109,8 +109,13 @@ class ImageBench:
         dataset = data.load(cell.victim.dataset, self.at.root)
         clean = clean_subset(dataset.train_images.to(self.at.device), dataset.train_labels.to(self.at.device),
                              cell.clean_fraction, cell.seed, dataset.num_classes)
-        if "test-images" in defense_module(cell.defense).requires(cell.config):     # a reproduced leak, nothing else
+        defense = defense_module(cell.defense)
+        if "test-images" in defense.requires(cell.config):     # a reproduced leak, nothing else
             clean = replace(clean, test=dataset.test_images.to(self.at.device))
+        if "test-asr" in defense.requires(cell.config):        # a row called oracle, nothing else
+            clean = replace(clean, measured=lambda model: accuracy_and_asr(model, test))
+        base = cell.base()
+        start = {"base": self.at.run(base).tensors("defense")} if base else {}
         history: list[dict[str, Any]] = []
         if cell.curve:
             history.append({"phase": "before", "epoch": 0, **metrics(evaluate(victim_model, test))})
@@ -122,8 +127,7 @@ class ImageBench:
 
         started = time.perf_counter()
         with images_counted(victim_model) as seen:
-            defended = defense_module(cell.defense).defend(victim_model, clean, cell.config, cell.seed, observe,
-                                                           clean_model)
+            defended = defense.defend(victim_model, clean, cell.config, cell.seed, observe, clean_model, **start)
         info = {**defended.info, "clean_images": len(clean.images), "images_seen": seen(defended.model),
                 "values_changed": values_changed(victim_model, defended.model)}
         return self._outcome(cell, defended.model, test, history, info, started,
@@ -160,6 +164,12 @@ class ImageBench:
         clean_model = self._load_victim(victim.clean())[0] if "clean-model" in needed else None
         return prepare(victim.attack, victim.settings, dataset, victim.seed, self.at.root, clean_model,
                        lambda share: self.at.progress(victim.name, 0.0, f"preparing the trigger {share:.0%}"))
+
+
+def accuracy_and_asr(model: nn.Module, test: TestSet) -> tuple[float, float]:
+    """ACC and ASR in percent of a model in eval mode."""
+    found = metrics(evaluate(model, test))
+    return found["acc"], found["asr"]
 
 
 @contextmanager

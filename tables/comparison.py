@@ -213,7 +213,7 @@ class Factor:
     @property
     def name(self) -> str:
         """What is varied, in a title."""
-        text = self.within[1] if self.within else self.title
+        text = self.within[1] if self.within and self.within[0] != "attack" else self.title
         return text if text[:2].isupper() else text[:1].lower() + text[1:]
 
     @property

@@ -22,6 +22,9 @@ FACTORS = (
     Factor("temperature", "temperature", "Temperature", "Of the contrastive loss; released: 0.5."),
     Factor("inversion", "inversion", "Inversion", "How the trigger that stage 2 unlearns is found."),
     Factor("variants", "variant", "Variant", "Described and released settings side by side."),
+    Factor("anp-threshold", "threshold", "ANP's threshold", "The same mask, cut at another threshold. Choosing by test "
+           "ASR, as one peer does, is no defense: it shows what the mask could do.", within=("attack", "Attack"),
+           on="Every attack"),
 )
 # Items that hold runs to compare with the authors' own numbers, and on whose victim.
 VICTIMS = {"main": "our victim", "inversion": "our victim"}

@@ -9,7 +9,7 @@ what the contrastive loss is worth against the cross-entropy on the same stamped
 from dataclasses import replace
 from typing import Any
 
-from defenses import mcldef
+from defenses import anp, mcldef
 from reproduce.protocols import Entry, Profile
 from reproduce.protocols.comparison import AUGMENTED, SIX, Row, comparison, fractions, row, sweep, victim
 
@@ -50,6 +50,9 @@ INVERSIONS = {
 }
 VARIANTS = {variant: mcldef.SETTINGS[PAPER, variant]
             for variant in ("described", "estimated", "released", "released-2022")}
+# What ANP's choice of a threshold is worth: ours, on held-out clean images, and one by test ASR with the same mask.
+HELD_OUT, ORACLE = "by held-out accuracy", "by test ASR (oracle)"
+THRESHOLDS = {HELD_OUT: anp.SETTINGS[PAPER, "described"], ORACLE: anp.SETTINGS[PAPER, "oracle"]}
 # utils/util.py of Zhihao151/MCL@1ce3f44, 86-96
 GTSRB_RATES = ((0, 0.01), (2, 1e-3), (10, 1e-4))
 
@@ -73,12 +76,17 @@ def _main(profile: Profile, seed: int) -> list[Entry]:
 
 
 def _sweeps(profile: Profile, seed: int) -> list[Entry]:
-    """Everything that varies one factor, on BadNets."""
+    """Everything that varies one factor, on BadNets; ANP's threshold on all attacks."""
     on = victim(profile, "badnets", "nad", "released", seed)
     found = fractions(profile, PAPER, on, [row("FT", "released", "nad"), MAIN_ROWS[-1]])
     found += sweep(profile, PAPER, "temperature", "temperature", on, "mcldef",
                    {f"{value:g}": replace(_RELEASED, temperature=value) for value in TEMPERATURES})
     found += sweep(profile, PAPER, "inversion", "inversion", on, "mcldef", INVERSIONS)
+    for label in SMOKE_ATTACKS[:1] if profile.smoke else ATTACKS:
+        attacked = victim(profile, *ATTACKS[label], "described", seed)
+        chosen = sweep(profile, PAPER, "anp-threshold", "threshold", attacked, "anp", THRESHOLDS)
+        found += [replace(entry, labels={"attack": label, **entry.labels})
+                  for entry in [Entry(PAPER, "anp-threshold", {"threshold": "none: the victim"}, attacked), *chosen]]
     return found + sweep(profile, PAPER, "variants", "variant", on, "mcldef", VARIANTS)
 
 

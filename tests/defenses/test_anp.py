@@ -175,6 +175,29 @@ def test_reports_every_mask(victim, clean, shorten):
     assert rows[0][3]["loss"] == pytest.approx(rows[0][3]["robust"] + rows[0][3]["natural"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("curve", "expected"), [
+    ({}, None),                                                         # no threshold keeps accuracy
+    ({0.0: (79.0, 60.0), 0.05: (75.0, 20.0), 0.1: (71.0, 5.0)}, 0.05),    # 71 has lost more than a tenth of 80
+    ({0.2: (80.0, 30.0), 0.35: (80.0, 30.0)}, 0.2)])                    # the lowest of equals
+def test_the_oracle_takes_the_lowest_test_asr_that_keeps_accuracy(curve, expected, victim, clean, same):
+    mask = wave((240,), 1.0).abs()
+    answers = iter([(80.0, 99.0), *(curve.get(threshold, (10.0, 0.0)) for threshold in anp.thresholds(anp.Config()))])
+    granted = replace(clean, measured=lambda model: next(answers))
+    result = anp.defend(victim, granted, anp.SETTINGS["mcldef", "oracle"], 5, base={"mask": mask})
+    assert result.info["threshold"] == expected and len(result.info["test_curve"]) == 19
+    assert same(result.model, victim) == (expected is None)
+    if expected is not None:
+        assert same(result.model, anp.pruned(victim, mask <= expected))
+
+
+def test_the_oracle_is_refused_without_its_grants(victim, clean):
+    oracle = anp.SETTINGS["mcldef", "oracle"]
+    assert anp.requires(oracle) == {"test-asr"} and anp.builds_on(oracle) == anp.SETTINGS["mcldef", "described"]
+    for granted, base in ((clean, {"mask": torch.ones(240)}), (replace(clean, measured=lambda model: (0, 0)), None)):
+        with pytest.raises(UserError, match="test ASR"):
+            anp.defend(victim, granted, oracle, 5, base=base)
+
+
 def test_a_model_without_batch_norm_is_refused(clean):
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
     with pytest.raises(UserError, match="BatchNorm"):
