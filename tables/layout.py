@@ -25,11 +25,12 @@ from reproduce.statistics import (
     sample_sd,
     t_interval,
 )
-from tables.render import BEST, MISSING, TIED, Table, Value, heading
+from tables.render import BEST, MISSING, TIED, WRECKED, Table, Value, heading
 
 PUBLISHED = Path(__file__).parent / "published"
 BEFORE = "Before"
 TOOK = 50.0     # percent: below this ASR before the defense, there is no backdoor worth erasing
+LOST = 20.0     # points of ACC: a model that has lost more is no repaired classifier, and its ASR says little
 PERCENT = ("acc", "acc_nontarget", "asr", "ra")
 AREAS = ("auroc", "auroc_target")       # in percent too, but no share of the test samples
 DETECTION = (*AREAS, "far", "frr")
@@ -193,10 +194,15 @@ def mean_difference(results: Results, paired: list[Pair], measure: str) -> Inter
 
 def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequence[str],
          within: Sequence[str]) -> pd.DataFrame:
-    """`data` with BEST and TIED set: per group of `within` and measure, among the compared rows except "Before"."""
+    """`data` with BEST and TIED set: per group of `within` and measure, among the compared rows except "Before"; ASR of
+    models that are no classifiers any more is WRECKED and not compared."""
     data = data.copy()
+    lost = wrecked(frame, keys)
+    groups_of_rows = data[list(keys)].itertuples(index=False, name=None)
+    broken = (data.measure == "asr") & np.array([group in lost for group in groups_of_rows], dtype=bool)
+    data.loc[broken, "mark"] = WRECKED
     groups = dict(iter(frame.groupby(list(keys), sort=False)))
-    compared = data[(data.n > 0) & data.measure.isin([*COUNT, *AREAS])]
+    compared = data[(data.n > 0) & data.measure.isin([*COUNT, *AREAS]) & ~broken]
     if "defense" in keys:
         compared = compared[compared.defense != BEFORE]
     for _group, candidates in compared.groupby([*within, "measure"], sort=False):
@@ -213,6 +219,25 @@ def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequen
         data.loc[best, "mark"] = BEST
         data.loc[[i for i, p in zip(others, adjusted, strict=True) if p >= ALPHA], "mark"] = TIED
     return data
+
+
+def wrecked(frame: pd.DataFrame, keys: Sequence[str]) -> set[tuple[str, ...]]:
+    """The groups of `keys` whose models have lost more than LOST points of the ACC of their victims, on average."""
+    if not {"attack", "defense", "acc"} <= set(frame):
+        return set()
+    done = measured(frame, "acc")
+    victims = done[done.defense == BEFORE].drop_duplicates(["attack", "seed"])
+    both = done.merge(victims[["attack", "seed", "acc"]], on=["attack", "seed"], suffixes=("", "_before"))
+    lost = (both.acc_before - both.acc).groupby([both[key] for key in keys]).mean()
+    return {group if isinstance(group, tuple) else (group,) for group in lost[lost > LOST].index}
+
+
+def footnotes(data: pd.DataFrame, weak: Collection[str] = ()) -> str:
+    """What the daggers of a table mean, if it has any. weak: attacks that did not take."""
+    said = f" † ASR before any defense below {TOOK:.0f} %: the attack did not take." if weak else ""
+    if (data["mark"] == WRECKED).any():
+        said += f" ‡ ACC more than {LOST:.0f} points below the victim's: not compared."
+    return said
 
 
 def printed(row: pd.Series, digits: int = 2) -> Value:
@@ -259,7 +284,7 @@ def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name
     for group, part in data.groupby(list(keys), sort=False):
         cells = {heading(row.measure): printed(row) for _, row in part.iterrows()}
         rows.append({**dict(zip(keys.values(), group, strict=True)), **cells, "n": Value(counts(part.n.to_list()))})
-    return table(name, title, caption, pd.DataFrame(rows), data, frame, legend(measures, sample))
+    return table(name, title, caption + footnotes(data), pd.DataFrame(rows), data, frame, legend(measures, sample))
 
 
 def victims_asr(frame: pd.DataFrame) -> dict[str, float]:
@@ -325,9 +350,8 @@ def attack_grid(results: Results, frame: pd.DataFrame, *, name: str, title: str,
     extra = {"attack": "average, " + means.attacks + " (" + means.n_attacks.astype(str) + ")", "sd": math.nan,
              "interval": "hierarchical bootstrap", "mark": ""} if len(means) else {}
     numbers = pd.concat([data, means.assign(**extra)[data.columns]]) if len(means) else data
-    flagged = f" † ASR before any defense below {TOOK:.0f} %: the attack did not take." if weak else ""
     return table(name, title, f"{caption} Averages: over attacks, on the (attack, seed) pairs finished for every "
-                 f"defense shown.{flagged}", shown, numbers, frame, legend(measures))
+                 f"defense shown.{footnotes(data, weak)}", shown, numbers, frame, legend(measures))
 
 
 def defense_grid(results: Results, frame: pd.DataFrame, measure: str, *, name: str, title: str,
@@ -340,6 +364,5 @@ def defense_grid(results: Results, frame: pd.DataFrame, measure: str, *, name: s
     for defense, part in data.groupby("defense", sort=False):
         cells = {f"{row.attack} †" if row.attack in weak else row.attack: printed(row, 1) for row in part.iloc}
         rows.append({"Defense": defense, **cells, "n": Value(counts(part.n.to_list()))})
-    flagged = f" † ASR before any defense below {TOOK:.0f} %: the attack did not take." if weak else ""
-    return table(name, f"{title}: {heading(measure)}", f"{caption}{flagged}",
+    return table(name, f"{title}: {heading(measure)}", f"{caption}{footnotes(data, weak)}",
                  pd.DataFrame(rows).fillna(Value(MISSING)), data, frame, legend([measure], sample))

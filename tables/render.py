@@ -11,26 +11,28 @@ import pandas as pd
 from reproduce.protocols import Profile
 
 MISSING = "-"
-BEST, TIED = "best", "tied"
+BEST, TIED, WRECKED = "best", "tied", "wrecked"
 SMOKE = "smoke scale"
 
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
           "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}", "±": r"$\pm$",
-          "<": r"$<$", ">": r"$>$", "≥": r"$\geq$", "≤": r"$\leq$", "†": r"$\dagger$", "–": "--", "×": r"$\times$"}
+          "<": r"$<$", ">": r"$>$", "≥": r"$\geq$", "≤": r"$\leq$", "†": r"$\dagger$", "‡": r"$\ddagger$", "–": "--",
+          "×": r"$\times$"}
 _HEADINGS = {"acc": "ACC", "acc_nontarget": "ACC non-target", "asr": "ASR", "ra": "RA", "auroc": "AUROC",
              "auroc_target": "AUROC target", "far": "FAR", "frr": "FRR"}
 
 
 @dataclass(frozen=True)
 class Value:
-    """A printed cell: its text, whether it is best in its column or not significantly worse, the runs behind it."""
+    """A printed cell: its text, the runs behind it, and whether it is best in its column, not significantly worse, or
+    of a model that is hardly a classifier any more (then the text says so too)."""
 
     text: str
     mark: str = ""
     runs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.text
+        return f"{self.text} ‡" if self.mark == WRECKED else self.text
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,9 @@ def html(table: Table, profile: Profile, legend: bool = True) -> str:
 
 
 def text(table: Table, brief: bool = False) -> str:
-    """Aligned columns for a terminal; * is best, ~ is not significantly worse than the best. brief: means only."""
-    suffix = {BEST: "*", TIED: "~"}
+    """Aligned columns for a terminal; * is best, ~ is not significantly worse than the best, ‡ is hardly a classifier
+    any more. brief: means only."""
+    suffix = {BEST: "*", TIED: "~", WRECKED: "‡" if brief else ""}
 
     def cell(value: object) -> str:
         shown = re.split(r" ± | \[", str(value))[0] if brief and isinstance(value, Value) else str(value)

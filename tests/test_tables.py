@@ -187,3 +187,21 @@ def test_text_is_aligned(tables: dict[str, render.Table]) -> None:
     assert "±" not in "\n".join(lines) and "*" in "\n".join(lines)
     rule = next(line for line in lines if set(line) == {"-"})
     assert max(map(len, lines)) <= len(rule)
+
+
+def test_a_model_that_is_no_classifier_any_more_is_not_best_and_says_why(tmp_path: Path) -> None:
+    store, entries = Store(tmp_path), []
+    for defense, acc, asr in (("Before", 88, 99), ("FT", 85, 30), ("NAD", 84, 20), ("Random", 60, 0), ("Mild", 70, 10)):
+        labels = {"attack": "BadNets", "defense": defense, "variant": "-" if defense == "Before" else "described"}
+        entries.append(Entry("nad", "main", labels, Stub(f"BadNets-{defense}", 0)))
+        write_run(store, entries[-1].task, acc, asr, len(entries))
+    table = next(table for table in nad.tables(Results(store, entries)) if table.name == "nad-main")
+    data = table.data[table.data.attack == "BadNets"]
+    marks = data[data.measure == "asr"].set_index("defense")["mark"].to_dict()
+    assert marks["Random"] == render.WRECKED and marks["Mild"] == render.BEST and marks["NAD"] != render.WRECKED
+    assert set(data[data.defense == "Random"]["mark"]) == {render.WRECKED, ""}
+    assert "‡ ACC more than 20 points below the victim's" in table.caption
+    profile = PROFILES["paper"]
+    assert " ‡ |" in render.markdown(table, profile) and r"$\ddagger$" in render.latex(table, profile)
+    assert "‡" in render.html(table, profile)
+    assert re.search(r" \d\.\d‡", render.text(table, brief=True))
