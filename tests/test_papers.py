@@ -52,13 +52,14 @@ TABLES = {
     "argd": {"main", "published", "main-complete", "main-averages", "main-significance", "main-significance-2",
              "clean-fraction", "teacher", "terms", "variants", "term-sizes", "cost"},
     "mcldef": {"main", "main-acc", "published", "triggers", "target-class", "main-complete", "main-averages",
-               "main-significance",
-               "main-significance-2", "clean-fraction", "temperature", "inversion", "variants", "cost"},
+               "main-significance", "main-significance-2", "clean-fraction", "temperature", "inversion", "variants",
+               "anp-threshold", "cost"},
     "cross": {"asr", "acc", "ra", "ranks", "cost"},
 }
 FIGURES = {
     "argd": {"main", "clean-fraction", "teacher", "terms", "variants", "attention-maps"},
-    "mcldef": {"main", "triggers", "inverted", "features", "clean-fraction", "temperature", "inversion", "variants"},
+    "mcldef": {"main", "triggers", "inverted", "features", "clean-fraction", "temperature", "inversion", "variants",
+               "anp-threshold"},
     "cross": {"critical-difference", "trade-off"},
 }
 
