@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
+from sklearn.metrics import roc_curve
 
 from figures.comparison import ablation, comparisons, if_present, number
 from figures.style import (
@@ -112,12 +113,10 @@ def suspicion(results: Results, dataset: str) -> Figure | None:
 
 
 def roc_points(clean: np.ndarray, triggered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """FRR and detection rate (percent) at every threshold, from flagging nothing to flagging everything."""
-    thresholds = np.unique(np.concatenate([clean, triggered]))
-    rates = [100 * (1 - np.searchsorted(np.sort(values), thresholds, side="left") / len(values))
-             for values in (clean, triggered)]
-    frr, detected = (np.append(rate, 0.0)[::-1] for rate in rates)
-    return frr, detected
+    """FRR and detection rate (percent) from flagging nothing to flagging everything; points between which the curve
+    keeps its direction are left out."""
+    frr, detected, _ = roc_curve(np.repeat([0, 1], [len(clean), len(triggered)]), np.concatenate([clean, triggered]))
+    return 100 * frr, 100 * detected
 
 
 def roc(results: Results, dataset: str) -> Figure | None:
@@ -131,7 +130,7 @@ def roc(results: Results, dataset: str) -> Figure | None:
         frr, detected = roc_points(found.clean, found.triggered)
         curves.setdefault(attack, []).append((defense, variant, frr, detected))
         parts.append(pd.DataFrame({"attack": attack, "detector": defense, "settings": variant, "run": run.name,
-                                   "frr": frr, "detected": detected}))
+                                   "frr": frr.round(3), "detected": detected.round(3)}))
     if not parts:
         return None
 
