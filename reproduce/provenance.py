@@ -15,6 +15,7 @@ import torch
 from reproduce import data, models
 from reproduce.cells import NONE, Cell, Task
 from reproduce.models import encoder
+from reproduce.processor import cpu_name
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED = ("poisoning.py", "defending.py", "rng.py")
@@ -48,15 +49,7 @@ def _machine() -> dict[str, Any]:
     import numpy
     return {"python": platform.python_version(), "torch": torch.__version__,
             "torchvision": importlib.metadata.version("torchvision"), "numpy": numpy.__version__,
-            "platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count(), "commit": _commit()}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+            "platform": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count(), "commit": _commit()}
 
 
 def _commit() -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from reproduce.errors import UserError
 from reproduce.models.hub import hub_answers
-from reproduce.models.linear import through_onednn
+from reproduce.models.linear import fast_linear
 from reproduce.rng import derive
 
 TINY, MINILM, BERT = "tiny-bert", "minilm-l6", "bert-base-uncased"
@@ -39,7 +39,7 @@ class TextClassifier(nn.Module):
 
     def __init__(self, network: nn.Module, tokenize: Callable[[Sequence[str], int], Tokens], pad: int) -> None:
         super().__init__()
-        self.network = through_onednn(network)
+        self.network = fast_linear(network)
         self.tokenize = tokenize
         self.pad = pad
         config: Any = network.config

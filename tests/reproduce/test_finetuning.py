@@ -13,9 +13,9 @@ from reproduce.data import load_text
 from reproduce.data.texts import Texts
 from reproduce.errors import UserError
 from reproduce.finetuning import TextRecipe, fine_tune
-from reproduce.models import encoder
+from reproduce.models import encoder, linear
 from reproduce.models.encoder import TextClassifier
-from reproduce.models.linear import Linear, through_onednn
+from reproduce.models.linear import Linear, fast_linear, through_onednn
 
 NOWHERE = Path("nowhere")
 DATA = load_text("sentences", NOWHERE)
@@ -229,3 +229,10 @@ def test_a_frozen_linear_layer_hands_gradients_through() -> None:
     assert torch.allclose(x.grad, layer[0].weight.sum(0).expand(2, 4))
     with torch.inference_mode():
         assert layer(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("processor", "wanted"), [("AMD EPYC", Linear), ("Intel(R) Xeon(R)", torch.nn.Linear)])
+def test_linear_layers_go_where_this_processor_is_fastest(monkeypatch: pytest.MonkeyPatch, processor: str,
+                                                          wanted: type) -> None:
+    monkeypatch.setattr(linear, "cpu_name", lambda: processor)
+    assert type(fast_linear(torch.nn.Sequential(torch.nn.Linear(4, 3)))[0]) is wanted
