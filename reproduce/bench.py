@@ -15,8 +15,8 @@ from reproduce.store import Run, Store
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where a bench works. run: the finished run of a task, computed if need be; progress: hears (task name, share done
-    in [0, 1], what it is doing)."""
+    """Where a bench works. run: the finished run of a task with the tensors it offers, computed if need be; progress:
+    hears (task name, share done in [0, 1], what it is doing)."""
 
     store: Store
     root: Path

@@ -60,6 +60,11 @@ class Task:
         raise NotImplementedError
 
     @property
+    def offers(self) -> str:
+        """Which tensors of its run those load that need it. An exported run may lack them."""
+        raise NotImplementedError
+
+    @property
     def name(self) -> str:
         """Folder name: readable, and unique by the hash of the whole configuration."""
         text = json.dumps(self.describe(), sort_keys=True)
@@ -107,6 +112,10 @@ class Victim(Task):
             return [self.clean()]
         return []
 
+    @property
+    def offers(self) -> str:
+        return "model"
+
     def clean(self) -> "Victim":
         """The clean model of the same dataset, architecture, recipe and seed."""
         return dataclasses.replace(self, attack=NONE, settings=None)
@@ -136,6 +145,10 @@ class Cell(Task):
     def needs(self) -> list[Task]:
         base = self.base()
         return [self.victim, *([self.victim.clean()] if self.needs_clean_model() else []), *([base] if base else [])]
+
+    @property
+    def offers(self) -> str:
+        return "defense"
 
     def needs_clean_model(self) -> bool:
         return "clean-model" in defense_module(self.defense).requires(self.config)

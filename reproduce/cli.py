@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from reproduce import data, models
 from reproduce.cells import NONE, Task, Victim, with_dependencies
-from reproduce.engine import Workers, check_data, cost, execute, seconds_per_cost
+from reproduce.engine import Workers, check_data, cost, execute, seconds_per_cost, unfinished
 from reproduce.errors import UserError
 from reproduce.models.encoder import LAYERS
 from reproduce.poisoning import attack_module
@@ -200,11 +200,14 @@ PLACES = ("--results", "--into", "--data-root")
 
 
 def _list(tasks: list[Task], store: Store, jobs: int) -> None:
-    per_cost, left = seconds_per_cost(store, tasks), 0.0
+    per_cost, left, waiting = seconds_per_cost(store, tasks), 0.0, unfinished(tasks, store)
     for task in tasks:
         state, seconds = store.status(task.name), cost(task) * per_cost
-        left += seconds * (state != "done")
-        click.echo(f"{'cached' if state == 'done' else state:8} {_duration(seconds):>8}  {task.name}")
+        if task.name in waiting:
+            left += seconds
+        if state == "done":
+            state = "stripped" if task.name in waiting else "cached"
+        click.echo(f"{state:8} {_duration(seconds):>8}  {task.name}")
     click.echo(f"about {_duration(left / jobs)} left with {jobs} processes")
 
 

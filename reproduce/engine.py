@@ -61,18 +61,27 @@ def seconds_per_cost(store: Store, tasks: list[Task]) -> float:
     return measured[len(measured) // 2] if measured else 1 / FORWARD_RATE
 
 
+def unfinished(tasks: list[Task], store: Store) -> dict[str, Task]:
+    """By name, in the order given: the tasks without a finished run, and those whose run such a task needs but which
+    lacks what it would load, as exported runs may; `tasks` must be in dependency order."""
+    missing: set[str] = set()
+    wanted: set[str] = set()
+    for task in reversed(tasks):
+        if store.find(task.name, task.offers if task.name in wanted else None) is None:
+            missing.add(task.name)
+            wanted.update(needed.name for needed in task.needs())
+    return {task.name: task for task in tasks if task.name in missing}
+
+
 def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> Outcome:
     """Run every task that is not finished, each after what it needs; `tasks` must be in dependency order.
 
     A task that fails is recorded and the others go on; those that need it fail with it.
     """
     store, outcome = Store(workers.store), Outcome()
-    waiting: dict[str, Task] = {}
-    for task in tasks:
-        if store.find(task.name):
-            outcome.reused.append(task.name)
-        else:
-            waiting[task.name] = task
+    waiting = unfinished(tasks, store)
+    needed = {needed.name for task in waiting.values() for needed in task.needs()}
+    outcome.reused.extend(task.name for task in tasks if task.name not in waiting)
     if not waiting:
         return outcome
     per_cost = seconds_per_cost(store, tasks)
@@ -84,7 +93,8 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
             for name in _ready(waiting, running):
                 if len(running) >= workers.jobs:
                     break
-                running[pool.submit(waiting[name])] = name
+                task = waiting[name]
+                running[pool.submit(task, task.offers if name in needed else None)] = name
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             bar.drain(pool.messages)
             for future in finished:
@@ -153,9 +163,9 @@ class _Pool:
             self.executor = ProcessPoolExecutor(self.workers.jobs, self.context, _start_worker,
                                                 (self.workers, devices, self.messages, os.getpid()))
 
-    def submit(self, task: Task) -> Future:
+    def submit(self, task: Task, holding: str | None) -> Future:
         with single_threaded():
-            future = self.executor.submit(_run, task)
+            future = self.executor.submit(_run, task, holding)
         self.submitted.add(future)
         return future
 
@@ -221,10 +231,10 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(task: Task) -> str:
+def _run(task: Task, holding: str | None) -> str:
     """Compute one task in a worker; its one-line summary."""
     assert _runner is not None
-    run = _runner.run(task)
+    run = _runner.run(task, holding)
     found = run.json("metrics")
     measures = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr", "ra") if found[name] is not None]
     return f"{', '.join(measures)} ({found['seconds']:.0f} s)"

@@ -38,6 +38,10 @@ class Predictions:
     wanted: np.ndarray
     triggered: np.ndarray
 
+    def agreement(self, other: "Predictions") -> float:
+        """Percent of the predicted labels that `other`, on the same test set, has too."""
+        return 100 * float(np.mean(np.concatenate([self.clean == other.clean, self.triggered == other.triggered])))
+
     def hits(self) -> dict[str, np.ndarray]:
         """Per-sample success (bool) behind each metric."""
         truth = self.labels[self.index]

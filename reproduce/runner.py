@@ -11,6 +11,7 @@ from reproduce import data
 from reproduce.bench import Bench, Surroundings
 from reproduce.cells import Cell, Task
 from reproduce.images import ImageBench
+from reproduce.metrics import Predictions
 from reproduce.provenance import environment
 from reproduce.store import Run, Store
 from reproduce.texts import TextBench
@@ -29,13 +30,17 @@ class Runner:
     note: Callable[[str], None] = print
     _benches: dict[str, Bench] = field(default_factory=dict)
 
-    def run(self, task: Task) -> Run:
-        """The finished run of `task`, computed if it is not there; what it needs is computed first."""
-        run = self.store.find(task.name)
+    def run(self, task: Task, holding: str | None = None) -> Run:
+        """The finished run of `task`, computed if it is not there; what it needs is computed first.
+
+        holding: tensors it must have. Where they were left out of it (`Store.adopt`) it is computed again, and keeps,
+        as `same_as_before`, the percentage of its predictions that are those of the run it replaces.
+        """
+        run = self.store.find(task.name, holding)
         if run:
             return run
         with self.store.lock(task.name):
-            run = self.store.find(task.name)
+            run = self.store.find(task.name, holding)
             if run:
                 return run
             reason = self.store.set_aside(task.name)
@@ -44,14 +49,23 @@ class Runner:
             try:
                 bench = self._bench(data.modality(task.victim.dataset))
                 outcome = bench.cell(task) if isinstance(task, Cell) else bench.victim(task.victim)
+                before = self.store.find(task.name)
+                if before:
+                    same = Predictions(**outcome.arrays["predictions"]).agreement(before.predictions())
+                    outcome.metrics["info"]["same_as_before"] = same
+                    self.note(f"{task.name}: computed again, because its {holding}.safetensors had been left out; "
+                              f"{same:.2f} % of its predictions are as before")
                 return self.store.write(task.name, config=task.describe(), environment=environment(task, self.device),
                                         **vars(outcome))
             except Exception:
                 self.store.fail(task.name, traceback.format_exc())
                 raise
 
+    def _supply(self, task: Task) -> Run:
+        return self.run(task, task.offers)
+
     def _bench(self, modality: str) -> Bench:
         if modality not in self._benches:
-            at = Surroundings(self.store, self.root, self.device, self.run, self.progress)
+            at = Surroundings(self.store, self.root, self.device, self._supply, self.progress)
             self._benches[modality] = BENCHES[modality](at)
         return self._benches[modality]

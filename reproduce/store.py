@@ -18,7 +18,7 @@
     <root>/locks/<name>              held while a process computes the run
 
 A run is assembled in a temporary folder and renamed into place. Whatever does not match its checksums is reported,
-moved aside and computed again.
+moved aside and computed again. So is a run whose tensors were left out when it was exported, once another needs them.
 """
 
 import contextlib
@@ -90,10 +90,11 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def find(self, name: str) -> Run | None:
-        """The run, if it is finished and matches its checksums."""
+    def find(self, name: str, holding: str | None = None) -> Run | None:
+        """The run, if it is finished and matches its checksums; `holding`: and if it has these tensors."""
         path = self.root / "runs" / name
-        return Run(path) if path.is_dir() and damage(path) is None else None
+        whole = path.is_dir() and damage(path) is None
+        return Run(path) if whole and (holding is None or (path / f"{holding}.safetensors").exists()) else None
 
     def status(self, name: str) -> str:
         """done, failed, damaged or missing."""
@@ -116,9 +117,7 @@ class Store:
         path = self.root / "runs" / name
         if not path.is_dir() or (reason := damage(path)) is None:
             return None
-        target = self.root / "damaged" / f"{name}-{uuid.uuid4().hex[:8]}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
+        self._move(path, "damaged")
         return reason
 
     @contextlib.contextmanager
@@ -166,14 +165,21 @@ class Store:
         return partial
 
     def _publish(self, partial: Path, name: str) -> Path:
-        """Seal an assembled folder with its checksums and move it into place."""
+        """Seal an assembled folder with its checksums and move it into place; a run that is there is moved aside."""
         manifest = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         (partial / "done").write_text(_sha256(partial / "manifest.json") + "\n")
         target = self.root / "runs" / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            self._move(target, "replaced")
         partial.rename(target)
         return target
+
+    def _move(self, run: Path, folder: str) -> None:
+        target = self.root / folder / f"{run.name}-{uuid.uuid4().hex[:8]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run.rename(target)
 
     def progress(self, name: str) -> "Progress":
         """The resumable state of one training."""

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from attacks import badnets
 from defenses import ft, mcldef
 from reproduce.cells import Cell, Victim
-from reproduce.engine import Workers, execute
+from reproduce.engine import Workers, execute, unfinished
 from reproduce.runner import Runner
 from reproduce.store import Store
 from reproduce.training import Recipe
@@ -127,6 +128,44 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.status(bad.name) == "failed" and "RuntimeError" in store.failure(bad.name)
     assert len(lines) == 4
+
+
+def test_what_an_export_left_out_is_computed_again_where_it_is_needed(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, rates=((0, 0.1),))
+    victim = Victim("digits", "wrn-10-1", recipe, 0, "badnets", badnets.Config())
+    cell = Cell(victim, "ft", ft.Config(recipe), 0.05)
+    execute([victim, cell], Workers(tmp_path / "whole", tmp_path, 1), lambda line: None)
+    whole, exported = Store(tmp_path / "whole"), Store(tmp_path / "exported")
+    for task in (victim, cell):
+        exported.adopt(whole.find(task.name), ("model.safetensors",))
+    assert list(unfinished([victim, cell], exported)) == []
+    assert execute([victim, cell], Workers(exported.root, tmp_path, 1), print).reused == [victim.name, cell.name]
+    another = replace(cell, clean_fraction=0.1)
+    assert list(unfinished([victim, cell, another], exported)) == [victim.name, another.name]
+    assert execute([victim, cell, another], Workers(exported.root, tmp_path, 1), print).failed == {}
+    again = exported.find(victim.name, "model")
+    assert again.json("metrics")["info"]["same_as_before"] == 100
+    assert (again.path / "model.safetensors").read_bytes() == (whole.find(victim.name).path
+                                                               / "model.safetensors").read_bytes()
+    assert exported.find(cell.name, "model") is None, "nothing needs the weights of a cell"
+
+
+def test_how_many_predictions_changed_is_noted(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, rates=((0, 0.1),))
+    victim = Victim("digits", "wrn-10-1", recipe, 0, "badnets", badnets.Config())
+    notes: list[str] = []
+    runner = Runner(Store(tmp_path / "a"), tmp_path, torch.device("cpu"), note=notes.append)
+    run = runner.run(victim)
+    with np.load(run.path / "predictions.npz") as archive:
+        arrays = dict(archive)
+    arrays["clean"][:10] += 1
+    store = Store(tmp_path / "b")
+    store.write(victim.name, config=run.json("config"), environment={}, metrics=run.json("metrics"), history=[],
+                arrays={"predictions": arrays}, tensors={})
+    Runner(store, tmp_path, torch.device("cpu"), note=notes.append).run(victim, "model")
+    total = len(arrays["clean"]) + len(arrays["triggered"])
+    assert notes == [f"{victim.name}: computed again, because its model.safetensors had been left out; "
+                     f"{100 - 1000 / total:.2f} % of its predictions are as before"]
 
 
 def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:

@@ -96,3 +96,12 @@ def test_a_run_adopted_without_its_weights_is_whole(tmp_path: Path) -> None:
     copy.adopt(run)  # already there: left alone
     found = copy.find("run")
     assert found.json("config") == {"a": 1} and not (found.path / "model.safetensors").exists()
+
+
+def test_a_run_without_its_weights_is_replaced_by_one_that_has_them(tmp_path: Path) -> None:
+    store = Store(tmp_path / "b")
+    store.adopt(write(Store(tmp_path / "a")), ("model.safetensors",))
+    assert store.find("run") and store.find("run", "model") is None
+    write(store)
+    assert store.find("run", "model") and store.find("run", "defense") is None
+    assert [path.name[:4] for path in (tmp_path / "b" / "replaced").iterdir()] == ["run-"]
