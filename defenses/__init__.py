@@ -7,8 +7,8 @@ A defense module defines
     requires(config)   what it needs beyond the clean images, out of {"clean-model", "test-images", "test-asr"}; usually
                        empty. The last two are for settings that reproduce how published scripts use test data: FMP's
                        leak, and ANP's threshold chosen by test ASR, a row called oracle. They are for nothing else
-    builds_on(config)  optional: the settings of the same module whose run, on the same victim and clean data, these
-                       start from, or None
+    builds_on(config)  optional: (defense, settings) whose run, on the same victim and clean data, these start from, so
+                       that one search serves all that use it; or None
     work(config, images, classes)
                        optional: how many images go forwards and backwards beside the epochs of its recipes, given how
                        many clean images and classes there are; for estimates of time only

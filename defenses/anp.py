@@ -123,9 +123,9 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset({"test-asr"} if config.oracle else ())
 
 
-def builds_on(config: Config) -> Config | None:
+def builds_on(config: Config) -> tuple[str, Config] | None:
     """The oracle prunes by the mask that the same settings without it train."""
-    return replace(config, oracle=False) if config.oracle else None
+    return ("anp", replace(config, oracle=False)) if config.oracle else None
 
 
 def work(config: Config, images: int, classes: int) -> float:

@@ -108,7 +108,7 @@ def searched(config: Config) -> bool:
     return config.mode != "detect" and config.intervals in ("optimised", "random")
 
 
-def builds_on(config: Config) -> Config | None:
+def builds_on(config: Config) -> tuple[str, Config] | None:
     """The settings whose intervals these reuse: the plain search, shared by everything that only applies it."""
     if not searched(config):
         return None
@@ -116,7 +116,7 @@ def builds_on(config: Config) -> Config | None:
                    rate=config.rate, batch=config.batch, epochs=config.epochs, weight=config.weight,
                    factor=config.factor, first=config.first, every=config.every, keep=config.keep, floor=config.floor,
                    restarts=config.restarts, deviations=config.deviations if config.start == "statistics" else 3.0)
-    return None if plain == config else plain
+    return None if plain == config else ("badacts", plain)
 
 
 def work(config: Config, count: int, classes: int) -> float:

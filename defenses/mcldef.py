@@ -133,15 +133,19 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset()
 
 
+def builds_on(config: Config) -> tuple[str, nc.Config] | None:
+    """Where the target is to be found: Neural Cleanse, whose masks of all classes tell it."""
+    return ("nc", nc.Config(inversion=config.estimate)) if config.target is None else None
+
+
 def work(config: Config, images: int, classes: int) -> float:
-    """Stage 1, and what it takes to find the target."""
-    steps = (config.mask if config.inversion == "mask" else config.pixel).steps
-    return steps * images + (nc.inversion_work(config.estimate, images, classes) if config.target is None else 0)
+    """Stage 1."""
+    return (config.mask if config.inversion == "mask" else config.pixel).steps * images
 
 
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
-           clean_model: nn.Module | None = None) -> Defended:
-    """A copy of `model` purified with an inverted trigger.
+           clean_model: nn.Module | None = None, base: dict[str, Tensor] | None = None) -> Defended:
+    """A copy of `model` purified with an inverted trigger. base: the tensors of the run that `builds_on` names.
 
     info: target and who named it; the trigger's L1 norm and number of changed pixels; whether stage 1 reached the
     success it asks for; the trigger's success (percent) on clean images of other classes; where the target was
@@ -149,7 +153,10 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     """
     victim = nc.frozen(model)
     if config.target is None:
-        info = nc.estimate_target(model, clean, config.estimate, seed, observe, phase="target").describe()
+        masks = base["masks"] if base else nc.invert_classes(
+            model, clean, range(clean.num_classes), config.estimate, seed,
+            lambda _phase, *row: observe("target", *row)).masks
+        info = nc.estimate_target(masks).describe()
     else:
         nc.check_target(config.target, clean)
         info = {"target": config.target, "target_from": "granted"}

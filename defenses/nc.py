@@ -44,6 +44,7 @@ from reproduce.rng import generator
 from reproduce.training import Observer, Recipe, predict, silent, train
 
 REPORT = 10     # every how many steps an inversion reports
+THRESHOLD = 2.0     # of the outlier index: mad_outlier_detection.py:49
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Config:
     """target: the label to unlearn, or None to find it."""
 
     target: int | None = None
-    threshold: float = 2.0                      # mad_outlier_detection.py:49
+    threshold: float = THRESHOLD
     only_flagged: bool = False                  # ours; True: no outlier, no repair
     share: float = 0.2                          # bench unlearning_ratio
     inversion: Inversion = INVERSION
@@ -136,8 +137,9 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     clean images of other classes. tensors: trigger (3, H, W) and mask (H, W) of the first suspect, masks (K, H, W).
     """
     if config.target is None:
-        estimate = estimate_target(model, clean, config.inversion, seed, observe, config.threshold)
-        found, info = estimate.found, estimate.describe()
+        found = invert_classes(model, clean, range(clean.num_classes), config.inversion, seed, observe)
+        estimate = estimate_target(found.masks, config.threshold)
+        info = estimate.describe() | {"inversion_steps": found.steps}
         suspects = estimate.flagged or ([] if config.only_flagged else [estimate.target])
     else:
         check_target(config.target, clean)
@@ -241,21 +243,21 @@ class Search:
 
 
 def invert_classes(model: nn.Module, clean: Clean, classes: Sequence[int], settings: Inversion, seed: int,
-                   observe: Observer = silent, phase: str = "inversion") -> Inverted:
+                   observe: Observer = silent) -> Inverted:
     """`invert` on the clean images, pass after pass, from random masks and patterns or full ones."""
-    rng, device = generator(seed, "trigger", phase), clean.images.device
+    rng, device = generator(seed, "trigger", "inversion"), clean.images.device
     start = torch.rand((len(classes), 4, *clean.images.shape[-2:]), generator=rng).sub_(0.5).mul_(2 - 1e-6).atanh_()
     if settings.ones:
         start.fill_(1.0)
     if settings.batches is None:
         settings = replace(settings, batches=ceil(len(clean.images) / settings.batch))
-    batches = chain.from_iterable(one_pass(clean.images, settings.batch, generator(seed, "order", phase, number))
+    batches = chain.from_iterable(one_pass(clean.images, settings.batch, generator(seed, "order", "inversion", number))
                                   for number in count())
-    return invert(frozen(model), batches, tuple(classes), start.to(device), settings, observe, phase)
+    return invert(frozen(model), batches, tuple(classes), start.to(device), settings, observe)
 
 
 def invert(model: nn.Module, batches: Iterator[Tensor], classes: tuple[int, ...], start: Tensor,
-           settings: Inversion, observe: Observer = silent, phase: str = "inversion") -> Inverted:
+           settings: Inversion, observe: Observer = silent) -> Inverted:
     """The smallest successful trigger of each class, or the last one where none succeeded.
 
     model: frozen, in eval mode. batches: float images (N, 3, H, W) in [0, 1], without end. start: (K, 4, H, W), mask
@@ -281,8 +283,9 @@ def invert(model: nn.Module, batches: Iterator[Tensor], classes: tuple[int, ...]
         if step % REPORT == 0:
             entropy, norm, success = (sums[:, active].mean(1) / settings.batches).tolist()
             loss = ((sums[0] + costs * sums[1])[active].mean() / settings.batches).item()
-            observe(phase, step + 1, settings.steps, model, {"epoch": step + 1, "loss": loss, "ce": entropy,
-                                                             "norm": norm, "success": success, "classes": len(active)})
+            observe("inversion", step + 1, settings.steps, model, {
+                "epoch": step + 1, "loss": loss, "ce": entropy, "norm": norm, "success": success,
+                "classes": len(active)})
         if all(search.done for search in searches):
             break
     return Inverted(classes, best[:, 0], best[:, 1:], [search.steps for search in searches])
@@ -339,29 +342,27 @@ def one_pass(images: Tensor, batch: int, rng: torch.Generator, augment: Augment 
 
 @dataclass
 class Estimate:
-    """Target and outlier index from the mask norms; flagged: labels beyond the threshold, smallest mask first."""
+    """Target and outlier index from the masks' norms; flagged: labels beyond the threshold, smallest mask first."""
 
     target: int
     index: float
     flagged: list[int]
-    found: Inverted
+    norms: list[float]
 
     def describe(self) -> dict[str, object]:
         """For `Defended.info`."""
-        return {"target": self.target, "target_from": "estimated", "mask_norms": self.found.norms(),
-                "anomaly_index": self.index, "flagged": self.flagged, "inversion_steps": self.found.steps}
+        return {"target": self.target, "target_from": "estimated", "mask_norms": self.norms,
+                "anomaly_index": self.index, "flagged": self.flagged}
 
 
-def estimate_target(model: nn.Module, clean: Clean, settings: Inversion, seed: int, observe: Observer = silent,
-                    threshold: float = 2.0, phase: str = "inversion") -> Estimate:
-    """Invert a trigger for every class; the target is the class with the smallest mask."""
-    found = invert_classes(model, clean, range(clean.num_classes), settings, seed, observe, phase)
-    norms = found.norms()
+def estimate_target(masks: Tensor, threshold: float = THRESHOLD) -> Estimate:
+    """The target is the class with the smallest mask. masks: (K, H, W), one of each class."""
+    norms = masks.sum((1, 2)).tolist()
     index, flagged = outliers(norms, threshold)
-    return Estimate(int(np.argmin(norms)), index, flagged, found)
+    return Estimate(int(np.argmin(norms)), index, flagged, norms)
 
 
-def outliers(norms: Sequence[float], threshold: float = 2.0) -> tuple[float, list[int]]:
+def outliers(norms: Sequence[float], threshold: float = THRESHOLD) -> tuple[float, list[int]]:
     """The anomaly index of the smallest norm, and the labels of all norms that are too small, smallest first."""
     values = np.asarray(norms)
     median = np.median(values)

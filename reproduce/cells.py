@@ -154,10 +154,10 @@ class Cell(Task):
         return "clean-model" in defense_module(self.defense).requires(self.config)
 
     def base(self) -> "Cell | None":
-        """The cell whose run this one starts from, where the defense's settings build on others of it."""
+        """The cell whose run this one starts from, where the defense's settings build on others."""
         builds_on = getattr(defense_module(self.defense), "builds_on", None)
-        settings = builds_on(self.config) if builds_on else None
-        return dataclasses.replace(self, config=settings) if settings else None
+        found = builds_on(self.config) if builds_on else None
+        return dataclasses.replace(self, defense=found[0], config=found[1]) if found else None
 
 
 def with_dependencies(tasks: list[Task]) -> list[Task]:

@@ -1,10 +1,11 @@
 """Protocol entries joined to the runs that exist: what tables, figures and claims are built from."""
 
+import math
 from dataclasses import dataclass, field
 
 import pandas as pd
 
-from reproduce.cells import Task, Victim
+from reproduce.cells import Cell, Task, Victim
 from reproduce.protocols import Entry
 from reproduce.store import Run, Store
 
@@ -24,8 +25,9 @@ class Results:
     def frame(self, paper: str, item: str) -> pd.DataFrame:
         """One row per entry of a table: its labels, seed, status, run name, and the measures (NaN where not done).
 
-        Measures are in percent, seconds in seconds. Rows keep the protocol's order. dataset and model are the
-        victim's. A label with a measure's name (the FRR a threshold is chosen for) is the column "<name>_set".
+        Measures are in percent, seconds in seconds, those of the run that a cell starts from included. Rows keep the
+        protocol's order. dataset and model are the victim's. A label with a measure's name (the FRR a threshold is
+        chosen for) is the column "<name>_set".
         """
         rows = []
         for entry in self.entries:
@@ -33,6 +35,8 @@ class Results:
                 continue
             run = self.run(entry.task)
             measured = run.json("metrics") if run else {}
+            if run:
+                measured["seconds"] = self._seconds(entry.task)
             labels = {f"{key}_set" if key in MEASURES else key: value for key, value in entry.labels.items()}
             victim = getattr(entry.task, "victim", None)
             rows.append({**labels, "seed": entry.task.seed, "run": entry.task.name,
@@ -43,6 +47,12 @@ class Results:
             if key in frame:
                 frame[key] = pd.to_numeric(frame[key])
         return frame
+
+    def _seconds(self, task: Task) -> float:
+        """Of a run and of those it starts from; NaN where one of these is not there."""
+        run, base = self.run(task), task.base() if isinstance(task, Cell) else None
+        own = run.json("metrics")["seconds"] if run else math.nan
+        return own + self._seconds(base) if base else own
 
     def status(self, name: str) -> str:
         """done, failed, damaged or missing."""

@@ -339,7 +339,7 @@ def cost(results: Results) -> Table:
                       "n": Value(str(int(part.n.max())))})
     return table("cost", "BadActs: cost",
                  "Wall seconds, mean ± sample SD over the n runs (attacks and seeds). Seconds: to prepare the defense, "
-                 f"without the search for intervals where another run's are reused (\"{THEN}\", \"{RANDOM}\", "
-                 f"\"{CLS}\"). Seconds per 1000 sentences: what it then takes to judge the test sentences. Runs that "
-                 "shared the machine with others took longer than they need.",
+                 "the search for intervals included where it is another run's. Seconds per 1000 sentences: what it "
+                 "then takes to judge the test sentences. Runs that shared the machine with others took longer than "
+                 "they need.",
                  pd.DataFrame(shown), data, frame)

@@ -248,9 +248,9 @@ def cost(results: Results, study: Study, items: Sequence[str] = ("main",)) -> Ta
     data = estimates(frame, list(keys), ["seconds"]) if len(frame) else frame
     shown = [{"Run": "victim's training" if row.defense == BEFORE else row.defense, "Settings": row.variant,
               "Hardware": row.hardware, "Seconds": printed(row, 1), "n": Value(str(row.n))} for row in data.iloc]
-    return table("cost", f"{study.name}: cost", "Wall seconds per run without the final evaluation; mean ± sample SD "
-                 "over the n runs (attacks and seeds) of the main table. Runs that shared the machine with others took "
-                 "longer than they need.", pd.DataFrame(shown), data, frame)
+    return table("cost", f"{study.name}: cost", "Wall seconds per run without the final evaluation, what another run "
+                 "did for it included; mean ± sample SD over the n runs (attacks and seeds) of the main table. Runs "
+                 "that shared the machine with others took longer than they need.", pd.DataFrame(shown), data, frame)
 
 
 def hardware(results: Results, name: str) -> str:

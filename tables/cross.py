@@ -110,6 +110,7 @@ def cost(results: Results, measures: Sequence[str] = tuple(COSTS)) -> Table:
                                              for row in part.iloc}, "n": Value(str(int(part.n.max())))})
     return table("cost", "Every defense on every attack: cost",
                  "Mean ± sample SD over n runs (attacks and seeds). Seconds: wall time without the final evaluation, "
-                 "on the machines named in the report; runs that shared a machine took longer than they need. Images: "
-                 "forward passes, in images, of the victim's network and its copies. Values changed: weights and "
-                 "BatchNorm statistics that differ from the victim's.", pd.DataFrame(shown), data, frame)
+                 "what another run did for it included, on the machines named in the report; runs that shared a "
+                 "machine took longer than they need. Images: forward passes, in images, of the victim's network and "
+                 "its copies. Values changed: weights and BatchNorm statistics that differ from the victim's.",
+                 pd.DataFrame(shown), data, frame)

@@ -192,7 +192,8 @@ def test_the_oracle_takes_the_lowest_test_asr_that_keeps_accuracy(curve, expecte
 
 def test_the_oracle_is_refused_without_its_grants(victim, clean):
     oracle = anp.SETTINGS["mcldef", "oracle"]
-    assert anp.requires(oracle) == {"test-asr"} and anp.builds_on(oracle) == anp.SETTINGS["mcldef", "described"]
+    assert anp.requires(oracle) == {"test-asr"}
+    assert anp.builds_on(oracle) == ("anp", anp.SETTINGS["mcldef", "described"])
     for granted, base in ((clean, {"mask": torch.ones(240)}), (replace(clean, measured=lambda model: (0, 0)), None)):
         with pytest.raises(UserError, match="test ASR"):
             anp.defend(victim, granted, oracle, 5, base=base)

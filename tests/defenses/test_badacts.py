@@ -156,10 +156,10 @@ def test_a_run_to_build_on_gives_the_same_as_its_own_search() -> None:
     model, clean = text_victim("addsent").model, SENTENCES.validation
     then = dataclasses.replace(badacts.SETTINGS["badacts", "detect-then-purify"], epochs=3)
     base = badacts.builds_on(then)
-    assert base == QUICK and badacts.builds_on(QUICK) is None
+    assert base == ("badacts", QUICK) and badacts.builds_on(QUICK) is None
     assert badacts.builds_on(badacts.SETTINGS["badacts", "detect"]) is None
     assert badacts.builds_on(badacts.SETTINGS["badacts", "statistics"]) is None
-    found = badacts.defend(model, clean, base, 3)
+    found = badacts.defend(model, clean, QUICK, 3)
     texts = [*SENTENCES.test.texts[:40], *text_victim("addsent").triggered[:40]]
     with_base = badacts.defend(model, clean, then, 3, base=found.tensors).judge(texts)
     alone = badacts.defend(model, clean, then, 3).judge(texts)

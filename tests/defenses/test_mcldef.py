@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from defenses import mcldef, nc
 from reproduce.data.augment import to_input
 from reproduce.errors import UserError
+from reproduce.protocols import PROFILES, entries
+from reproduce.protocols.mcldef import ESTIMATED, METHOD
 from tests.defenses.formulas import Tiny, batches, wave
 
 START = torch.stack([wave((3, 12, 12), 0.9, phase) for phase in (1, 2)]) * 0.5 + 0.5
@@ -181,6 +183,25 @@ def test_a_target_is_estimated_where_none_is_granted(victim, clean, shorten):
     norms = estimated["mask_norms"]
     assert estimated["target_from"] == "estimated" and len(norms) == 10
     assert estimated["target"] == norms.index(min(norms)) and "anomaly_index" in estimated
+
+
+def test_neural_cleanse_run_before_gives_the_same_as_its_own_search(victim, clean, shorten, same):
+    config = shorten(mcldef.SETTINGS["mcldef", "described"])
+    name, settings = mcldef.builds_on(config)
+    assert name == "nc" and mcldef.builds_on(shorten(mcldef.RELEASED)) is None
+    before = nc.defend(victim, clean, settings, 3)
+    phases = []
+    alone = mcldef.defend(victim, clean, config, 3, observe=lambda phase, *row: phases.append(phase))
+    after = mcldef.defend(victim, clean, config, 3, base=before.tensors)
+    assert same(alone.model, after.model) and alone.info == after.info and "target" in phases
+    assert after.info["mask_norms"] == before.info["mask_norms"]
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
+def test_the_search_for_the_target_is_the_one_of_the_row_of_neural_cleanse(profile):
+    main = entries(replace(profile, seeds=(0,)), ["mcldef"], ["main"])
+    found = {entry.labels["defense"]: entry.task for entry in main if entry.labels["attack"] == "BadNets"}
+    assert found[ESTIMATED].base().name == found["NC"].name and found[METHOD].base() is None
 
 
 def test_inversion_does_not_train_the_victim(clean, victim):
