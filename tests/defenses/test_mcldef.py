@@ -185,6 +185,13 @@ def test_a_target_is_estimated_where_none_is_granted(victim, clean, shorten):
     assert estimated["target"] == norms.index(min(norms)) and "anomaly_index" in estimated
 
 
+def test_a_target_that_was_found_is_used_as_one_that_was_told(victim, clean, shorten, same):
+    config = shorten(mcldef.SETTINGS["mcldef", "estimated"])
+    found = mcldef.defend(victim, clean, config, 3)
+    told = mcldef.defend(victim, clean, replace(config, target=found.info["target"]), 3)
+    assert same(found.model, told.model)
+
+
 def test_neural_cleanse_run_before_gives_the_same_as_its_own_search(victim, clean, shorten, same):
     config = shorten(mcldef.SETTINGS["mcldef", "described"])
     name, settings = mcldef.builds_on(config)
