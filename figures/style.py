@@ -12,7 +12,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from tables.layout import DETECTION, estimates
+from tables.layout import BEFORE, DETECTION, estimates
 from tables.render import SMOKE, heading
 
 matplotlib.use("Agg")
@@ -30,7 +30,7 @@ SETTINGS = {
 }
 LABELS = {measure: f"{heading(measure)} (%)" for measure in ("asr", "acc", "acc_nontarget", "ra", *DETECTION)}
 # The same defense looks the same in every figure of every paper.
-LOOKS = {"Before": ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
+LOOKS = {BEFORE: ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
     ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"),
     ("NAD, betas 2000/5000/2000", 8, "<"), ("ARGD without distillation", 9, "D"), ("ARGD", 1, "X"),
     ("I-BAU", 9, "h"), ("NC", 8, ">"),
@@ -38,7 +38,7 @@ LOOKS = {"Before": ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, 
     "MCLDef": ("#4b1d6b", "X"), "MCLDef, random trigger": ("#c3a0dc", "o"),
     "MCLDef, cross-entropy": ("#8e5bb8", "d"), "MCLDef, target estimated": ("#6a3a94", "*"),
     "ANP": ("#5c7a29", "p"), "CLP": (_COLOURS[6], "<"), "RNP": ("#0b6e6e", "d"), "FT-SAM": (_COLOURS[2], "*"),
-    "FMP": ("#7a1f1f", "X"), "FMP, described": ("#7a1f1f", "X"), "FMP, released": ("#7a1f1f", "P"),
+    "FMP": ("#7a1f1f", "D"), "FMP, described": ("#7a1f1f", "D"), "FMP, released": ("#7a1f1f", "P"),
     "FMP, no pruning": ("#e0b3a6", "o"), "FMP, random maps": ("#cf8a78", "d"),
     "FMP, least active maps": ("#b05a48", "s"),
     "BadActs": ("#0a2f6b", "X"), "BadActs, described": ("#0a2f6b", "+"), "BadActs, flagged only": ("#1f4f9c", "P"),
@@ -209,8 +209,9 @@ def marks(axis: Axes, data: pd.DataFrame, series: str, names: Sequence[str], mea
     for i, name in enumerate(names):
         asr, other = (data[(data[series] == name) & (data.measure == each)] for each in ("asr", measure))
         colour, marker = look(name, i)
+        # The victim's mark is larger, so that it is seen around those of defenses that changed nothing.
         axis.errorbar(asr["mean"], other["mean"], xerr=errors(asr), yerr=errors(other), fmt=marker, color=colour,
-                      elinewidth=0.7, label=name)
+                      elinewidth=0.7, markersize=7 if name == BEFORE else None, label=name)
     limits([axis], ["asr"])
 
 
