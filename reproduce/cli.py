@@ -1,4 +1,4 @@
-"""The command line: `python -m reproduce run | report | status | export | evaluate | defend | purify`.
+"""The command line: `python -m reproduce run | report | status | export | compare | evaluate | defend | purify`.
 
 A wrong argument, file or configuration is one line on stderr and exit code 2. A run that failed is exit code 1.
 """
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from reproduce import data, models
+from reproduce.agreement import agreement
 from reproduce.cells import NONE, Task, Victim, with_dependencies
 from reproduce.engine import Workers, check_data, cost, execute, seconds_per_cost, unfinished
 from reproduce.errors import UserError
@@ -194,6 +195,18 @@ def export(into: Path, no_weights: bool, **selected: Any) -> int:
                 left_out = ["trigger.safetensors"] if trained else []
             Store(into).adopt(found, tuple(left_out))
     return _report(Results(Store(into), results.entries), profile, into)
+
+
+@main.command()
+@click.option("--results", "here", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="A results folder, yours for example.")
+@click.option("--with", "there", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="Another one, such as reference/nad.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def compare(here: Path, there: Path, as_json: bool) -> None:
+    """Set the runs that two results folders share side by side: ACC, ASR, and how many predictions are the same."""
+    found = agreement(here, there)
+    click.echo(json.dumps(dataclasses.asdict(found)) if as_json else "\n".join(found.lines()))
 
 
 PLACES = ("--results", "--into", "--data-root")

@@ -96,6 +96,10 @@ class Store:
         whole = path.is_dir() and damage(path) is None
         return Run(path) if whole and (holding is None or (path / f"{holding}.safetensors").exists()) else None
 
+    def names(self) -> list[str]:
+        """All runs that are there, whole or damaged."""
+        return sorted(path.name for path in (self.root / "runs").glob("*") if path.is_dir())
+
     def status(self, name: str) -> str:
         """done, failed, damaged or missing."""
         path = self.root / "runs" / name

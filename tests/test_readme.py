@@ -21,8 +21,9 @@ DRIVER = [command for command in COMMANDS if command.startswith("./run_all.sh")]
 CHECKPOINT = [command for command in COMMANDS if re.match(r"python -m reproduce (evaluate|defend)", command)]
 PURIFY = [command for command in COMMANDS if command.startswith("python -m reproduce purify")]
 REBUILD = [command for command in COMMANDS if command.startswith("python -m reproduce report")]
+COMPARE = [command for command in COMMANDS if command.startswith("python -m reproduce compare")]
 # This file is part of what the last one runs.
-ALL = [*DRIVER, *CHECKPOINT, *PURIFY, *REBUILD, "./run_tests.sh"]
+ALL = [*DRIVER, *CHECKPOINT, *PURIFY, *REBUILD, *COMPARE, "./run_tests.sh"]
 
 
 def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +36,7 @@ def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess[s
 
 
 def test_no_command_is_forgotten() -> None:
-    assert sorted(COMMANDS) == sorted(ALL) and DRIVER and CHECKPOINT and PURIFY and REBUILD
+    assert sorted(COMMANDS) == sorted(ALL) and DRIVER and CHECKPOINT and PURIFY and REBUILD and COMPARE
 
 
 @pytest.mark.parametrize("command", DRIVER)
@@ -95,6 +96,12 @@ def test_the_reference_tables_follow_from_the_stored_predictions(command: str, t
     committed = {path.name: path.read_bytes() for path in (ROOT / tables).iterdir()}
     assert committed
     assert {path.name: path.read_bytes() for path in (tmp_path / tables).iterdir()} == committed
+
+
+@pytest.mark.parametrize("command", COMPARE)
+def test_results_are_compared_with_the_reference(command: str) -> None:
+    done = run(command, ROOT)
+    assert done.returncode == 0 and "runs computed twice" in done.stdout, done.stderr
 
 
 def test_links_and_pictures_exist() -> None:
