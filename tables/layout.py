@@ -41,8 +41,8 @@ LOWER = ("asr", "far", "frr")           # better when lower
 MARKS = ("Bold: best mean of the column's defenses; underlined (italic in Markdown): not significantly worse than it "
          "(paired over seeds: t test; with one seed exact McNemar over test images; Holm within the column, 5 %). With "
          "two or three seeds hardly any difference is significant.")
-SPREAD = ("Percent, mean ± sample SD over seeds; with one seed, the value and its 95 % Wilson interval. "
-          "n: seeds. - : not available.")
+SPREAD = ("Percent, mean ± sample SD over seeds; with one seed, the value and its 95 % Wilson interval, which covers "
+          "the test samples but not another training. n: seeds. - : not available.")
 WITHOUT_TEST = ("AUROC with one seed: Hanley and McNeil's (1982) 95 % interval (none for AUROC target, which leaves "
                 "samples out), and no marks, as there is no test sample by sample.")
 
