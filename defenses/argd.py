@@ -36,7 +36,7 @@ teacher is the released code.
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Literal
 
@@ -78,7 +78,8 @@ class Config:
     train_embedding: bool = False                                   # main-ARGD.py:202-206
     teacher: Literal["finetune", "scratch"] = "finetune"            # README.md:42
     teacher_model: str | None = None                                # architecture if "scratch"; None: the victim's
-    teacher_recipe: Recipe = RECIPE                                 # README.md:42: the student's without distillation
+    # README.md:42: the student's without distillation
+    teacher_recipe: Recipe = field(default=RECIPE, metadata={"smoke": 1})
     recipe: Recipe = RECIPE
 
     def __post_init__(self) -> None:

@@ -44,7 +44,8 @@ class Profile:
 
     victim_epochs, defense_epochs: caps on a recipe's epochs, None for the protocol's own; a capped recipe keeps the
     shape of its learning-rate schedule.
-    smoke: take the values that configurations name for it (metadata "smoke" of a field) where they are smaller.
+    smoke: take the values that configurations name for it (metadata "smoke" of a field; of a recipe, its epochs) where
+    they are smaller.
     dataset, model: of images; preact, elsewhere: the PreAct-ResNet18 of the protocol that is about it, and the data
     sets it goes on to; texts, encoder: the data sets and the encoder of sentences.
     """
@@ -95,7 +96,7 @@ class Profile:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             if isinstance(value, Recipe | TextRecipe):
-                changes[field.name] = self._recipe(value, epochs)
+                changes[field.name] = self._recipe(value, field.metadata.get("smoke", epochs) if self.smoke else epochs)
             elif dataclasses.is_dataclass(value):
                 changes[field.name] = self._scaled(value, epochs)
             elif self.smoke and "smoke" in field.metadata:
@@ -126,7 +127,7 @@ PROFILES = {
     profile.name: profile for profile in (
         Profile("quick", "smoke scale: embedded digits and sentences, shortened victims; shows that everything runs, "
                          "says nothing about the papers", "digits", "wrn-10-1", (0, 1), clean_fraction=0.10,
-                victim_epochs=6, defense_epochs=6, smoke=True, preact="preact-resnet-18-w8",
+                victim_epochs=6, defense_epochs=5, smoke=True, preact="preact-resnet-18-w8",
                 elsewhere=(), texts=("sentences",), encoder=TINY),
         Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, two seeds: a night on a laptop; FMP on a narrow "
                        "network, with its baselines' epochs, ANP's iterations and the scoring images cut too",

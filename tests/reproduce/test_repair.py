@@ -92,7 +92,7 @@ def test_a_checkpoint_of_backdoorbench_is_normalised_as_there(tmp_path: Path, mo
     monkeypatch.setitem(models.NORMALISATIONS, "digits", ((0.9, 0.1, 0.5), (0.05, 0.3, 2.0)))
     digits, name = data.load("digits", Path()), "preact-resnet-18-w8"
     model = build(name, 10, 0, "digits")
-    train(model, digits.train_images[:600], digits.train_labels[:600], Recipe(2, ((0, 0.05),), batch=32), 0, phase="v")
+    train(model, digits.train_images[:600], digits.train_labels[:600], Recipe(4, ((0, 0.05),), batch=32), 0, phase="v")
     path = tmp_path / "attack_result.pt"
     torch.save({"model_name": "preactresnet18", "num_classes": 10, "model": model.state_dict(),
                 "bd_test": {"original_index": np.array([1, 2])}}, path)
