@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from figures.style import BARS, Figure, canvas, done, dots, lines, seeds
 from reproduce.results import Results
 from reproduce.store import Run
-from tables.comparison import Factor, Study, main_rows, rows
+from tables.comparison import Factor, Study, main_rows, rows, within_a_line
 from tables.layout import BEFORE, TOOK, not_taken, present
 from tables.render import MISSING
 
@@ -76,7 +76,8 @@ def ablation(results: Results, study: Study, factor: Factor) -> list[Figure]:
         line, series = (keys[0], keys[1]) if factor.within else (keys[0], None)
         return Figure(factor.item, f"{study.name}: {factor.name}",
                       f"{factor.on}. {factor.caption} {BARS} {seeds(data)}.",
-                      lambda: dots(data, line, series, ("asr", "acc")), data, seeds(data))
+                      lambda: dots(data, line, series, ("asr", "acc"), within_a_line(factor.keys[line])), data,
+                      seeds(data))
     return if_present(results, study.paper, factor.item, build)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
 from figures.comparison import ablation, clean_fraction, comparisons, gallery, if_present
-from figures.style import BARS, LABELS, Figure, canvas, done, dots, legend, look, marks, panels, seeds
+from figures.style import BARS, LABELS, Figure, canvas, done, dots, legend, look, marks, panels, seeds, widened
 from reproduce.protocols.fmp import METHOD, PAPER
 from reproduce.results import Results
 from tables.comparison import main_rows, rows
@@ -110,7 +110,7 @@ def trade_off(results: Results, item: str) -> Figure | None:
         with panels(3.2, measures[1:]) as (figure, axes):
             for axis, measure in zip(axes, measures[1:], strict=True):
                 marks(axis, data, "series", list(dict.fromkeys(data.series)), measure)
-                axis.set(xlabel=LABELS["asr"], ylabel=LABELS[measure])
+                axis.set(xlabel=LABELS["asr"], ylabel=LABELS[measure], ylim=widened(axis.get_ylim()))
             legend(figure, axes[0], data.series.nunique())
         return figure
 

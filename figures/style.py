@@ -45,6 +45,7 @@ LOOKS = {BEFORE: ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, co
     "BadActs, flagged rejected": ("#1f4f9c", "*"), "BadActs, mu ± 3 sigma": ("#7fa4dd", "o"),
     "BadActs, not optimised": ("#a9c3ea", "s"), "BadActs, dealt anew": ("#5580c2", "d"),
     "BadActs, [CLS] only": ("#3f69ad", "<")}
+SPAN = 10           # percentage points that an axis shows at least
 LEGEND_WIDTH = 80   # characters in one line of a legend
 BARS = "Bars: 95 % t intervals over seeds; with two seeds from one to the other; with one its Wilson interval."
 
@@ -140,8 +141,11 @@ def errors(part: pd.DataFrame) -> list[pd.Series]:
     return [(part["mean"] - part.low).clip(lower=0).fillna(0), (part.high - part["mean"]).clip(lower=0).fillna(0)]
 
 
-def dots(data: pd.DataFrame, row: str, series: str | None, measures: Sequence[str]) -> Canvas:
-    """Horizontal dot plot: a line per `row`, a dot per `series` in it, a panel per measure, 95 % intervals."""
+def dots(data: pd.DataFrame, row: str, series: str | None, measures: Sequence[str], ylabel: str = "") -> Canvas:
+    """Horizontal dot plot: a line per `row`, a dot per `series` in it, a panel per measure, 95 % intervals.
+
+    ylabel: what the rows are, where they do not say it themselves.
+    """
     rows = list(dict.fromkeys(data[row]))
     names = list(dict.fromkeys(data[series])) if series else [""]
     labels = [textwrap.fill(value, 26) for value in rows]
@@ -160,6 +164,7 @@ def dots(data: pd.DataFrame, row: str, series: str | None, measures: Sequence[st
             axis.grid(axis="y", visible=False)
             for edge in range(1, len(rows)):
                 axis.axhline(edge - 0.5, color="0.9", linewidth=0.5)
+        axes[0].set_ylabel(ylabel)
         limits(axes, measures)
         if series:
             legend(figure, axes[0], len(names))
@@ -186,7 +191,7 @@ def lines(data: pd.DataFrame, x: str, series: str, measures: Sequence[str], xlab
                 else:
                     axis.errorbar(places + shift, part["mean"], yerr=errors(part), color=colour, marker=marker,
                                   elinewidth=0.9, label=name)
-            axis.set(xlabel=xlabel, ylabel=LABELS[measure])
+            axis.set(xlabel=xlabel, ylabel=LABELS[measure], ylim=widened(axis.get_ylim()))
             if categories is not None:
                 axis.set_xticks(range(len(categories)), categories)
         if len(names) > 1:
@@ -200,6 +205,7 @@ def trade_offs(data: pd.DataFrame, panel: str, series: str, columns: int = 2, ex
     with tiles(titles, LABELS["asr"], LABELS["acc"], columns=min(columns, len(titles)), extra=extra) as (figure, axes):
         for axis, title in zip(axes, titles, strict=True):
             marks(axis, data[data[panel] == title], series, names, "acc")
+        axes[0].set_ylim(widened(axes[0].get_ylim()))   # of all, which share it, once all is drawn
         legend(figure, axes[0], len(names))
     return figure
 
@@ -218,8 +224,21 @@ def marks(axis: Axes, data: pd.DataFrame, series: str, names: Sequence[str], mea
 def limits(axes: Sequence[Axes], measures: Sequence[str]) -> None:
     """ASR from 0 to 100, so that a small remainder looks small; other measures as the data need."""
     for axis, measure in zip(axes, measures, strict=True):
-        if measure == "asr":
-            axis.set_xlim(-3, 103)
+        axis.set_xlim((-3, 103) if measure == "asr" else widened(axis.get_xlim()))
+
+
+def widened(ends: tuple[float, float]) -> tuple[float, float]:
+    """Limits of an axis in percent, at least SPAN points apart, so that nothing looks like a difference that is none.
+
+    What lies within 0 to 100 stays within -0.5 to 100.5.
+    """
+    low, high = ends
+    missing = max(0.0, SPAN - (high - low)) / 2
+    if not missing:
+        return ends
+    low, high = low - missing, high + missing
+    shift = max(0.0, -0.5 - low) - max(0.0, high - 100.5)
+    return low + shift, high + shift
 
 
 def legend(figure: Canvas, axis: Axes, columns: int) -> None:

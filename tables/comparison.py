@@ -195,6 +195,11 @@ def against(results: Results, part: pd.DataFrame, control: pd.DataFrame, measure
             "runs": " ".join([pair.run_first for pair in paired] + [pair.run_second for pair in paired])}
 
 
+def within_a_line(heading: str) -> str:
+    """A heading as it stands in a sentence or on an axis."""
+    return heading if heading[:2].isupper() else heading[:1].lower() + heading[1:]
+
+
 @dataclass(frozen=True)
 class Factor:
     """One factor varied on one attack: its item, the label it is varied under, a heading and a caption.
@@ -214,7 +219,7 @@ class Factor:
     def name(self) -> str:
         """What is varied, in a title."""
         text = self.within[1] if self.within and self.within[0] != "attack" else self.title
-        return text if text[:2].isupper() else text[:1].lower() + text[1:]
+        return within_a_line(text)
 
     @property
     def keys(self) -> dict[str, str]:

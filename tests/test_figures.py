@@ -10,7 +10,7 @@ from PIL import Image
 
 from figures import nad
 from figures.comparison import AMPLIFIED, Shown, _scaled
-from figures.style import WIDTH, Figure, done, errors
+from figures.style import WIDTH, Figure, done, errors, widened
 from reproduce.results import Results
 from reproduce.store import Store
 from tests.synthetic import results
@@ -79,3 +79,13 @@ def test_overflowed_attention_counts_as_the_maximum() -> None:
     scaled = _scaled(np.array([[1, 2], [np.inf, 0]], np.float16))
     assert scaled.tolist() == [[0.5, 1.0], [1.0, 0.0]]
     assert _scaled(np.zeros((2, 2), np.float16)).max() == 0
+
+
+@pytest.mark.parametrize(("ends", "shown"), [
+    ((99.0, 100.0), (90.5, 100.5)),     # rounding at the upper end does not fill the axis
+    ((0.0, 1.0), (-0.5, 9.5)),
+    ((40.0, 42.0), (36.0, 46.0)),
+    ((-5.0, 105.0), (-5.0, 105.0)),
+])
+def test_an_axis_in_percent_shows_at_least_ten_points(ends: tuple[float, float], shown: tuple[float, float]) -> None:
+    assert widened(ends) == pytest.approx(shown)
