@@ -55,6 +55,9 @@ from reproduce.training import (
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # networks/models.py:99
 EPSILON = 1e-7  # config.py:38
+# Passes of one image through WRN-16-1, forwards and backwards, that a pair of images costs the mask network at its full
+# width; measured on a CPU core, for time estimates only.
+PAIR = 5.5
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,11 @@ def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def requires(config: Config) -> frozenset[str]:
     return frozenset()
+
+
+def work(config: Config, images: int) -> float:
+    """Passes of one image through WRN-16-1, forwards and backwards, that the mask network's training is worth."""
+    return PAIR * (config.width / 32) ** 2 * config.mask_epochs * images
 
 
 def prepare(config: Config, context: Context) -> dict[str, Tensor]:

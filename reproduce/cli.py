@@ -21,7 +21,7 @@ from tqdm import tqdm
 from reproduce import data, models
 from reproduce.agreement import agreement
 from reproduce.cells import NONE, Task, Victim, with_dependencies
-from reproduce.engine import Workers, check_data, cost, execute, seconds_per_cost, unfinished
+from reproduce.engine import Workers, check_data, execute, expected, unfinished
 from reproduce.errors import UserError
 from reproduce.models.encoder import LAYERS
 from reproduce.poisoning import attack_module
@@ -213,9 +213,9 @@ PLACES = ("--results", "--into", "--data-root")
 
 
 def _list(tasks: list[Task], store: Store, jobs: int) -> None:
-    per_cost, left, waiting = seconds_per_cost(store, tasks), 0.0, unfinished(tasks, store)
+    took, left, waiting = expected(tasks, store), 0.0, unfinished(tasks, store)
     for task in tasks:
-        state, seconds = store.status(task.name), cost(task) * per_cost
+        state, seconds = store.status(task.name), took[task.name]
         if task.name in waiting:
             left += seconds
         if state == "done":

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from reproduce import data
-from reproduce.cells import Task
+from reproduce.cells import Cell, Task
 from reproduce.runner import BENCHES, Runner
 from reproduce.store import Store
 
@@ -55,10 +56,26 @@ def cost(task: Task) -> float:
     return BENCHES[data.modality(task.victim.dataset)].cost(task)
 
 
-def seconds_per_cost(store: Store, tasks: list[Task]) -> float:
-    """Measured on this store's finished runs where there are any (the median), else a typical CPU core's."""
-    measured = sorted(run.json("metrics")["seconds"] / cost(task) for task in tasks if (run := store.find(task.name)))
-    return measured[len(measured) // 2] if measured else 1 / FORWARD_RATE
+def expected(tasks: list[Task], store: Store) -> dict[str, float]:
+    """Seconds that each task takes, about, by name: its work at the pace of the store's finished runs of its kind
+    (victims of one attack, cells of one defense), else of the nearest kind that has any, else of a typical CPU core."""
+    spent: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for task in tasks:
+        if run := store.find(task.name):
+            found = run.json("metrics")
+            for kind in _kinds(task):
+                spent[kind][0] += found["seconds"] + found["info"].get("judging_seconds", 0.0)
+                spent[kind][1] += cost(task)
+    paces = {kind: seconds / work for kind, (seconds, work) in spent.items()}
+    return {task.name: cost(task) * next((paces[kind] for kind in _kinds(task) if kind in paces), 1 / FORWARD_RATE)
+            for task in tasks}
+
+
+def _kinds(task: Task) -> list[tuple[str, ...]]:
+    """What a task can be timed with, the nearest first."""
+    path = (data.modality(task.victim.dataset),
+            *(("cell", task.defense) if isinstance(task, Cell) else ("victim", task.attack)))
+    return [path[:depth] for depth in (3, 2, 1, 0)]
 
 
 def unfinished(tasks: list[Task], store: Store) -> dict[str, Task]:
@@ -84,8 +101,8 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
     outcome.reused.extend(task.name for task in tasks if task.name not in waiting)
     if not waiting:
         return outcome
-    per_cost = seconds_per_cost(store, tasks)
-    with _Bar(waiting, per_cost, workers.jobs) as bar, _Pool(workers) as pool:
+    seconds = expected(tasks, store)
+    with _Bar({name: seconds[name] / workers.jobs for name in waiting}) as bar, _Pool(workers) as pool:
         running: dict[Future, str] = {}
         deaths: set[str] = set()
         while waiting or running:
@@ -243,8 +260,8 @@ def _run(task: Task, holding: str | None) -> str:
 class _Bar:
     """Progress over all tasks in estimated seconds, with the time left and what is running; silent under CI."""
 
-    def __init__(self, tasks: dict[str, Task], per_cost: float, jobs: int) -> None:
-        self.seconds = {name: cost(task) * per_cost / jobs for name, task in tasks.items()}
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
         self.shares: dict[str, tuple[float, str]] = {}
         quiet = bool(os.environ.get("CI")) or not sys.stderr.isatty()
         self.bar = tqdm(total=round(sum(self.seconds.values()), 1), disable=quiet, unit="s", dynamic_ncols=True,

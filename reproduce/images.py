@@ -50,7 +50,10 @@ class ImageBench:
             work = getattr(defense_module(task.defense), "work", lambda config, images, classes: 0)
             trained = epochs * clean + work(task.config, clean, data.NUM_CLASSES[task.victim.dataset])
             return each * ((BACKWARD_COST + 1) * trained + test * (1 + epochs * task.curve))
-        return each * (BACKWARD_COST * sum(recipe.epochs for recipe in recipes(task.victim.recipe)) * total + test)
+        work = getattr(attack_module(task.attack), "work", None) if task.attack != NONE else None
+        trained = sum(recipe.epochs for recipe in recipes(task.recipe)) * total
+        own = (BACKWARD_COST + 1) * work(task.settings, total) if work else 0.0
+        return each * (BACKWARD_COST * trained + test) + own
 
     @staticmethod
     def check(victims: list[Victim], root: Path) -> None:

@@ -72,12 +72,15 @@ class TextBench:
         """Work of a task in forward passes of one WRN-16-1 image; used for ordering and for time estimates only."""
         train, validation, test = data.sentences_in(task.victim.dataset)
         each = SENTENCE.get(task.victim.model, BERT_SENTENCE)
+        whole = task.victim.recipe.epochs * train
         if isinstance(task, Cell):
-            work = getattr(defense_module(task.defense), "work", lambda config, count, classes: 0)
-            trained = work(task.config, round(task.clean_fraction * validation),
-                           data.NUM_CLASSES[task.victim.dataset])
+            module = defense_module(task.defense)
+            work = getattr(module, "work", lambda config, count, classes: 0)
+            trained = work(task.config, round(task.clean_fraction * validation), data.NUM_CLASSES[task.victim.dataset])
+            if "training-data" in module.requires(task.config):    # and trains on it anew
+                trained += whole
             return each * ((BACKWARD_COST + 1) * trained + 4 * test)
-        return each * ((BACKWARD_COST + 1) * task.victim.recipe.epochs * train + 2 * test)
+        return each * ((BACKWARD_COST + 1) * whole + 2 * test)
 
     @staticmethod
     def check(victims: list[Victim], root: Path) -> None:
