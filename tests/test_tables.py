@@ -1,5 +1,6 @@
 """Tables from fixed synthetic runs: numbers, marks, gaps and every output format."""
 
+import dataclasses
 import io
 import json
 import re
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 
 from reproduce.metrics import wilson
-from reproduce.protocols import PROFILES, Entry
+from reproduce.protocols import PROFILES, Entry, mcldef
 from reproduce.results import Results
 from reproduce.store import Store
 from tables import nad, render
@@ -39,6 +40,20 @@ def small(root: Path) -> Results:
                 if (attack, defense, seed) != ("SIG", "FT", 1):
                     write_run(store, task, acc, asr, 100 * seed + len(entries))
     return Results(store, entries)
+
+
+def test_seconds_count_the_run_that_a_cell_starts_from(tmp_path: Path) -> None:
+    entries = [entry for entry in mcldef.entries(dataclasses.replace(PROFILES["paper"], seeds=(0,)))
+               if (entry.item, entry.labels.get("attack")) == ("main", "BadNets")
+               and entry.labels["defense"] in ("NC", mcldef.METHOD, mcldef.ESTIMATED)]
+    store, tasks = Store(tmp_path), {entry.labels["defense"]: entry.task for entry in entries}
+    for place, task in enumerate(tasks.values()):
+        write_run(store, task, 90, 9, seed=place)       # a second each
+    seconds = Results(store, entries).frame("mcldef", "main").set_index("defense").seconds
+    assert seconds.to_dict() == {"NC": 1, mcldef.METHOD: 1, mcldef.ESTIMATED: 2}, "its masks are those of NC's run"
+    without = Results(Store(tmp_path / "other"), entries)
+    write_run(without.store, tasks[mcldef.ESTIMATED], 90, 9, seed=0)
+    assert without.frame("mcldef", "main").seconds.isna().all(), "not known without NC's"
 
 
 GOLDEN = """\
