@@ -85,6 +85,9 @@ def _epoch(model: TextClassifier, tokens: Tokens, labels: Tensor, recipe: TextRe
            optimizer: torch.optim.Optimizer, seed: int, phase: str, epoch: int) -> dict[str, float]:
     """One pass over the data: mean loss and training accuracy (percent)."""
     model.train()
+    words = model.network.get_input_embeddings()
+    # The words of one part are few: on a CPU its gradient is kept by words, and made one of all words once a batch.
+    words.sparse = model.device.type == "cpu"
     count = len(tokens)
     order = torch.randperm(count, generator=generator(seed, "order", phase, epoch)).tolist()
     starts = range(0, count, recipe.batch)
@@ -104,8 +107,11 @@ def _epoch(model: TextClassifier, tokens: Tokens, labels: Tensor, recipe: TextRe
                 (loss / len(index)).backward()
                 loss_sum += loss.item()
                 correct += float((logits.argmax(1) == labels[part]).sum())
+            if words.sparse:
+                words.weight.grad = words.weight.grad.to_dense()
             nn.utils.clip_grad_norm_(model.network.parameters(), recipe.clip)
             optimizer.step()
+    words.sparse = False
     return {"rate": recipe.rate_at((epoch + 1) * len(starts) - 1, len(starts)), "loss": loss_sum / count,
             "train_acc": 100 * correct / count}
 

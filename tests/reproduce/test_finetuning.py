@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from reproduce import finetuning
 from reproduce.data import load_text
@@ -193,6 +194,27 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole_batch(monkeypatch: pyte
         assert torch.allclose(parts[name], value, atol=2e-5), name
     assert rows_of_parts[0]["loss"] == pytest.approx(rows_of_whole[0]["loss"], rel=1e-4)
     assert rows_of_parts[0]["train_acc"] == rows_of_whole[0]["train_acc"]
+
+
+def test_one_step_is_the_textbook_one() -> None:
+    """AdamW on the clipped gradient of the mean loss, also of the words, which arrive part by part."""
+    recipe = replace(RECIPE, epochs=1, warmup=0, batch=20, keep_best=False)
+    ours, theirs = tiny(), tiny()
+    for model in (ours, theirs):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    fine_tune(ours, few(20), few(50), recipe, 0, phase="training")
+    loss = cross_entropy(theirs(*theirs.batch(theirs.encode(few(20).texts))), few(20).labels)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(theirs.network.parameters(), recipe.clip)
+    words = theirs.network.get_input_embeddings().weight
+    assert 0 < int(words.grad.any(1).sum()) < len(words), "some words are in these sentences, some are not"
+    torch.optim.AdamW(theirs.network.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay).step()
+    found = weights(ours)
+    for name, value in weights(theirs).items():
+        assert torch.allclose(found[name], value, atol=2e-5), name
+    assert not ours.network.get_input_embeddings().sparse, "as it was"
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24)])
