@@ -97,7 +97,8 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
     """
     store, outcome = Store(workers.store), Outcome()
     waiting = unfinished(tasks, store)
-    needed = {needed.name for task in waiting.values() for needed in task.needs()}
+    needed = {need.name for task in waiting.values() for need in task.needs()}
+    stripped = {name for name in waiting if store.find(name)}
     outcome.reused.extend(task.name for task in tasks if task.name not in waiting)
     if not waiting:
         return outcome
@@ -137,7 +138,19 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
                 else:
                     outcome.done.append(name)
                     say(f"done   {name}: {line}")
+                    if name in stripped:
+                        again = _outdated(tasks, store, outcome)
+                        waiting |= again
+                        needed |= {need.name for task in again.values() for need in task.needs()}
+                        bar.more({other: seconds[other] / workers.jobs for other in again})
     return outcome
+
+
+def _outdated(tasks: list[Task], store: Store, outcome: Outcome) -> dict[str, Task]:
+    """Tasks that counted as done until a run they were made from came out otherwise; they no longer count."""
+    again = {name: task for name, task in unfinished(tasks, store).items() if name in outcome.reused}
+    outcome.reused = [name for name in outcome.reused if name not in again]
+    return again
 
 
 def _ready(waiting: dict[str, Task], running: dict[Future, str]) -> list[str]:
@@ -275,6 +288,11 @@ class _Bar:
             while True:
                 name, share, doing = messages.get_nowait()
                 self._move(name, share, doing)
+
+    def more(self, seconds: dict[str, float]) -> None:
+        """Tasks that turned out to be needed besides."""
+        self.seconds |= seconds
+        self.bar.total += sum(seconds.values())
 
     def finish(self, name: str) -> None:
         self._move(name, 1.0, "")

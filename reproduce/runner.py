@@ -34,7 +34,9 @@ class Runner:
         """The finished run of `task`, computed if it is not there; what it needs is computed first.
 
         holding: tensors it must have. Where they were left out of it (`Store.adopt`) it is computed again, and keeps,
-        as `same_as_before`, the percentage of its predictions that are those of the run it replaces.
+        as `same_as_before`, the percentage of its predictions that are those of the run it replaces. Where these are
+        not all, as on another make of processor, the cells of the former run are set aside: one table must not compare
+        defenses of two victims.
         """
         run = self.store.find(task.name, holding)
         if run:
@@ -50,13 +52,17 @@ class Runner:
                 bench = self._bench(data.modality(task.victim.dataset))
                 outcome = bench.cell(task) if isinstance(task, Cell) else bench.victim(task.victim)
                 before = self.store.find(task.name)
+                same = Predictions(**outcome.arrays["predictions"]).agreement(before.predictions()) if before else 100
                 if before:
-                    same = Predictions(**outcome.arrays["predictions"]).agreement(before.predictions())
                     outcome.metrics["info"]["same_as_before"] = same
+                run = self.store.write(task.name, config=task.describe(), environment=environment(task, self.device),
+                                       **vars(outcome))
+                if before:
+                    outdated = self.store.outdate(task.name) if same < 100 else []
                     self.note(f"{task.name}: computed again, because its {holding}.safetensors had been left out; "
-                              f"{same:.2f} % of its predictions are as before")
-                return self.store.write(task.name, config=task.describe(), environment=environment(task, self.device),
-                                        **vars(outcome))
+                              f"{same:.2f} % of its predictions are as before" +
+                              (f", and the {len(outdated)} runs made from it are set aside" if outdated else ""))
+                return run
             except Exception:
                 self.store.fail(task.name, traceback.format_exc())
                 raise

@@ -124,6 +124,16 @@ class Store:
         self._move(path, "damaged")
         return reason
 
+    def outdate(self, name: str) -> list[str]:
+        """Move the cells of a victim out of the way, and name them: they were computed from a run that it no longer is.
+        """
+        victim = Run(self.root / "runs" / name).json("config")
+        whole = [run for other in self.names() if (run := self.find(other))]
+        cells = [run for run in whole if run.json("config").get("victim") == victim]
+        for run in cells:
+            self._move(run.path, "replaced")
+        return [run.name for run in cells]
+
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Only one process computes a run; the others wait here. The lock dies with its holder."""

@@ -168,6 +168,33 @@ def test_how_many_predictions_changed_is_noted(tmp_path: Path) -> None:
                      f"{100 - 1000 / total:.2f} % of its predictions are as before"]
 
 
+def test_cells_of_a_victim_that_came_out_otherwise_are_computed_again(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, rates=((0, 0.1),))
+    victim = Victim("digits", "wrn-10-1", recipe, 0, "badnets", badnets.Config())
+    other = replace(victim, attack="none", settings=None)
+    cell, elsewhere = Cell(victim, "ft", ft.Config(recipe), 0.05), Cell(other, "ft", ft.Config(recipe), 0.05)
+    another = replace(cell, clean_fraction=0.1)
+    tasks, workers = [victim, other, cell, elsewhere, another], Workers(tmp_path / "whole", tmp_path, 1)
+    execute(tasks, workers, lambda line: None)
+    whole, published = Store(tmp_path / "whole"), Store(tmp_path / "published")
+    for task in (other, cell, elsewhere):
+        published.adopt(whole.find(task.name), ("model.safetensors",))
+    run = whole.find(victim.name)
+    with np.load(run.path / "predictions.npz") as archive:
+        arrays = dict(archive)
+    arrays["clean"][:1] += 1        # as another processor might have it
+    published.write(victim.name, config=run.json("config"), environment={}, metrics=run.json("metrics"), history=[],
+                    arrays={"predictions": arrays}, tensors={})
+    former = published.find(cell.name).path / "done"
+    before = former.stat().st_ino
+    outcome = execute(tasks, Workers(published.root, tmp_path, 1), lambda line: None)
+    assert sorted(outcome.done) == sorted([victim.name, cell.name, another.name]) and not outcome.failed
+    assert outcome.reused == [other.name, elsewhere.name], "made from another victim"
+    assert former.stat().st_ino != before and len(list((published.root / "replaced").iterdir())) == 2
+    assert (published.find(cell.name).path / "predictions.npz").read_bytes() == (
+        whole.find(cell.name).path / "predictions.npz").read_bytes()
+
+
 def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:
     recipe = Recipe(epochs=1, rates=((0, 0.1),))
     victim = Victim("digits", "wrn-10-1", recipe, 0, "badnets", badnets.Config())
