@@ -4,7 +4,7 @@ arXiv:2206.08514).
 A classifier trained on the poisoned set separates the poisoned sentences of a label from its clean ones. So
 
     1. train on the poisoned set                   here the victim, which is trained just so
-    2. z(x): its pooled [CLS] state after the last layer, in few dimensions
+    2. z(x): its pooled [CLS] state after the last layer, in two dimensions
     3. clusters of all z by HDBSCAN; what belongs to none is a cluster of its own, "noise"
     4. of the sentences of each label, keep the largest cluster; drop the others if smaller than half of the label's
     5. train anew on what is left
@@ -12,11 +12,13 @@ A classifier trained on the poisoned set separates the poisoned sentences of a l
 Constants: clearloveclearlove/BadActs@7932f19, C = openbackdoor/defenders/cube_defender.py, T = openbackdoor/trainers/
 trainer.py; both are OpenBackdoor's (thunlp/OpenBackdoor).
 
-Departures. The released code trains a RoBERTa for 10 epochs for step 1, and after 20 principal components (T:344) it
-reduces to two dimensions by UMAP with min_dist 0 for step 2, which packs clusters densely. UMAP is no dependency of
-ours: clusters are sought among the principal components themselves. The victim's own recipe is used for step 5, and
-scikit-learn's HDBSCAN, which counts a point among its neighbours, so that one more is asked for. An encoder without a
-pooler is represented by [CLS] itself.
+Departures. The released code trains a RoBERTa for 10 epochs for step 1. For step 2 it reduces to 20 principal
+components, and these to two dimensions by UMAP with min_dist 0 (T:339-344), which packs clusters densely; ours does so
+by t-SNE, which scikit-learn has. That this step is there matters: on SST-2 poisoned by AddSent (MiniLM, seed 2; 1,384
+of 6,920 sentences) umap-learn 0.5.12 with 100 neighbours leaves 3 of the poisoned sentences and drops 431 clean ones,
+t-SNE leaves one and drops 288, and clusters among the principal components themselves leave all 1,384. The victim's own
+recipe is used for step 5, and scikit-learn's HDBSCAN, which counts a point among its neighbours, so that one more is
+asked for. An encoder without a pooler is represented by [CLS] itself.
 """
 
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from sklearn.cluster import HDBSCAN
 from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 from torch import Tensor
 
 from reproduce.data.texts import Texts
@@ -39,6 +42,7 @@ MODALITY = "text"
 @dataclass(frozen=True)
 class Config:
     components: int = 20  # T:339
+    perplexity: float = 30.0  # ours: scikit-learn's default
     neighbours: int = field(default=100, metadata={"smoke": 20})  # C:96, min_samples
     smallest: int = 5  # min_cluster_size, the default of HDBSCAN at C:99
     share: float = 0.5  # C:118
@@ -89,9 +93,10 @@ def clustered(features: Tensor, config: Config) -> Tensor:
     if len(features) <= config.neighbours:
         raise UserError(f"cube: {len(features)} training sentences are too few for {config.neighbours} neighbours")
     points = PCA(min(config.components, *features.shape), random_state=0).fit_transform(features.double().numpy())
+    plane = TSNE(2, perplexity=config.perplexity, random_state=0, n_jobs=1).fit_transform(points)
     # One more, because the point itself is counted; the library that was used does not.
     search = HDBSCAN(min_cluster_size=config.smallest, min_samples=config.neighbours + 1, copy=True)
-    return torch.from_numpy(search.fit_predict(points)).long()
+    return torch.from_numpy(search.fit_predict(plane)).long()
 
 
 def largest(labels: Tensor, clusters: Tensor, share: float) -> Tensor:
