@@ -90,8 +90,9 @@ def pooled(model: TextClassifier, texts: Sequence[str]) -> Tensor:
 
 def clustered(features: Tensor, config: Config) -> Tensor:
     """The cluster of each row of (N, D) features, int64 (N,), -1 for none."""
-    if len(features) <= config.neighbours:
-        raise UserError(f"cube: {len(features)} training sentences are too few for {config.neighbours} neighbours")
+    if len(features) <= max(config.neighbours, config.perplexity):
+        raise UserError(f"cube: {len(features)} training sentences are too few for {config.neighbours} neighbours and "
+                        f"perplexity {config.perplexity:g}")
     points = PCA(min(config.components, *features.shape), random_state=0).fit_transform(features.double().numpy())
     plane = TSNE(2, perplexity=config.perplexity, random_state=0, n_jobs=1).fit_transform(points)
     # One more, because the point itself is counted; the library that was used does not.

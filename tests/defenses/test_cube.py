@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.cluster import HDBSCAN
 
 from defenses import cube
 from reproduce.data.texts import Texts
@@ -45,6 +46,17 @@ def test_clouds_of_points_become_clusters_and_only_the_small_one_of_a_label_is_d
     kept = cube.largest(labels, clusters, 0.5)
     assert not kept[cloud == 2].any()
     assert share(kept[cloud != 2], 1) > 0.7
+
+
+def test_neighbouring_clouds_are_told_apart_only_in_the_plane() -> None:
+    points = torch.randn(400, 20, generator=generator(0, "near"))
+    points[300:, 0] += 6
+    several = replace(RELEASED, neighbours=40)
+    clusters = cube.clustered(points, several)
+    assert share(clusters[:300], int(clusters[0])) > 0.95 and share(clusters[300:], int(clusters[300])) > 0.95
+    assert clusters[0] != clusters[300] and clusters[0] >= 0 and clusters[300] >= 0
+    where_they_are = HDBSCAN(several.smallest, min_samples=several.neighbours + 1, copy=True).fit_predict(points)
+    assert (where_they_are < 0).mean() > 0.3, "which is why the plane is there"
 
 
 def test_more_neighbours_than_poisoned_sentences_find_no_cluster_of_them() -> None:
