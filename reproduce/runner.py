@@ -52,17 +52,16 @@ class Runner:
                 bench = self._bench(data.modality(task.victim.dataset))
                 outcome = bench.cell(task) if isinstance(task, Cell) else bench.victim(task.victim)
                 before = self.store.find(task.name)
-                same = Predictions(**outcome.arrays["predictions"]).agreement(before.predictions()) if before else 100
                 if before:
+                    same = Predictions(**outcome.arrays["predictions"]).agreement(before.predictions())
                     outcome.metrics["info"]["same_as_before"] = same
-                run = self.store.write(task.name, config=task.describe(), environment=environment(task, self.device),
-                                       **vars(outcome))
-                if before:
+                    # Before the new run is there: a kill in between must not leave the cells of another victim beside it.
                     outdated = self.store.outdate(task.name) if same < 100 else []
                     self.note(f"{task.name}: computed again, because its {holding}.safetensors had been left out; "
                               f"{same:.2f} % of its predictions are as before" +
                               (f", and the {len(outdated)} runs made from it are set aside" if outdated else ""))
-                return run
+                return self.store.write(task.name, config=task.describe(), environment=environment(task, self.device),
+                                        **vars(outcome))
             except Exception:
                 self.store.fail(task.name, traceback.format_exc())
                 raise

@@ -125,8 +125,7 @@ class Store:
         return reason
 
     def outdate(self, name: str) -> list[str]:
-        """Move the cells of a victim out of the way, and name them: they were computed from a run that it no longer is.
-        """
+        """Move the cells of a victim that is about to be replaced out of the way, and name them."""
         victim = Run(self.root / "runs" / name).json("config")
         whole = [run for other in self.names() if (run := self.find(other))]
         cells = [run for run in whole if run.json("config").get("victim") == victim]
