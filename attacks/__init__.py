@@ -22,6 +22,8 @@ An attacker who controls the training itself defines, instead of `poison`,
                              rows as `reproduce.training.train` returns them (one may name another "phase" than
                              "victim"), and the trigger's final state, which is saved and handed to `apply`. An
                              interrupted training goes on from `checkpoint` and ends bit for bit the same
+    work(config, images)     optional: what it trains beside the classifier on so many training images, in training
+                             passes of one image through WRN-16-1; for time estimates only
 
 An attack on texts says MODALITY = "text" and defines Config, SETTINGS, requires (out of {"paraphrases"}) and
 

@@ -416,8 +416,8 @@ def test_the_bench_grants_test_images_where_they_are_asked_for(config, granted, 
 
 
 def test_a_profile_of_smoke_scale_limits_the_images():
-    config = PROFILES["quick"].defense(fmp.DESCRIBED)
-    assert config.images == 12 and PROFILES["paper"].defense(fmp.DESCRIBED).images is None
+    assert PROFILES["quick"].defense(fmp.DESCRIBED).images in range(1, 20)
+    assert PROFILES["paper"].defense(fmp.DESCRIBED).images is None
 
 
 @pytest.mark.parametrize("changes", [
