@@ -55,7 +55,7 @@ class Runner:
                 if before:
                     same = Predictions(**outcome.arrays["predictions"]).agreement(before.predictions())
                     outcome.metrics["info"]["same_as_before"] = same
-                    # Before the new run is there: a kill in between must not leave the cells of another victim beside it.
+                    # Before the new run is there: a kill in between must not leave another victim's cells beside it.
                     outdated = self.store.outdate(task.name) if same < 100 else []
                     self.note(f"{task.name}: computed again, because its {holding}.safetensors had been left out; "
                               f"{same:.2f} % of its predictions are as before" +
