@@ -15,10 +15,10 @@ during mask training (oc:173) and a perturbation that is not cut back to eps aft
 (oc:183-193), are the official code's.
 
 Which threshold. The official script prints test accuracy and ASR at each threshold of a grid and chooses none
-(pn:133-152); BackdoorBench@f02e353 stops where test accuracy has lost a relative 10 % (defense/anp.py). BackdoorBench
-v1, FMP's substrate (huangd1999/BackdoorBench@6135839: v1, defense/anp/anp.py), takes the lowest test ASR among the
-thresholds that change test accuracy by less than that (:266-269); so does the setting "oracle", with the mask of the
-default one. All look at test data. Ours by default holds clean images out from the mask training and, going up the
+(pn:133-152). BackdoorBench takes the lowest test ASR, below the victim's, among the thresholds that change test
+accuracy by less than a relative 10 % (@f02e353, defense/anp.py:684-687; in v1, FMP's substrate,
+huangd1999/BackdoorBench@6135839, defense/anp/anp.py:266-269); so does the setting "oracle", with the mask of the
+default one. Both look at test data. Ours by default holds clean images out from the mask training and, going up the
 official grid, stops before held-out accuracy first falls by more than `tolerance`: FP's rule. In ("fmp", "described")
 that is a relative 10 %. The mask is kept with the run, so that what another threshold would have pruned can be told,
 and measured, afterwards. A fixed threshold needs no held-out images.
@@ -171,13 +171,14 @@ def prune(model: nn.Module, mask: Tensor, held_out: Clean | None, config: Choice
 def prune_by_asr(model: nn.Module, mask: Tensor, measured: Callable[[nn.Module], tuple[float, float]],
                  config: Config) -> Defended:
     """A copy of `model` without the channels whose mask, (C,), is at or below the threshold of the lowest test ASR, the
-    lowest of equals, among those that change test accuracy by less than `change` percent of it.
+    lowest of equals, among those that lower it and change test accuracy by less than `change` percent of it.
 
     info: as of `prune`, with test accuracy and ASR (percent) at every threshold of the grid. tensors: the mask.
     """
-    before = measured(model)[0]
+    before, worst = measured(model)
     curve = [(threshold, *measured(pruned(model, mask <= threshold))) for threshold in thresholds(config)]
-    fine = [(asr, threshold) for threshold, acc, asr in curve if abs(before - acc) < config.change * before / 100]
+    fine = [(asr, threshold) for threshold, acc, asr in curve
+            if asr < worst and abs(before - acc) < config.change * before / 100]
     threshold = min(fine)[1] if fine else None
     info = {"test_acc": before, "test_curve": curve}
     return _cut(model, mask, threshold, info)

@@ -95,11 +95,15 @@ def trade_off(results: Results, item: str) -> Figure | None:
     for variant in STUDY.variants:
         frame = main_rows(results, STUDY, item, variant)
         if len(frame):
-            # Baselines stand in both variants with the same runs.
-            parts.append(frame.assign(series=np.where(frame.defense == METHOD, f"{METHOD}, {variant}", frame.defense)))
+            parts.append(frame.assign(settings=variant))
     if not parts:
         return None
-    frame = pd.concat(parts).drop_duplicates(["attack", "series", "seed"])
+    frame = pd.concat(parts)
+    # Most baselines stand in both variants with the same runs.
+    differs = frame.groupby(["attack", "defense", "seed"]).run.transform("nunique") > 1
+    named = frame.defense.isin([METHOD, *frame[differs].defense])
+    frame["series"] = np.where(named, frame.defense + ", " + frame.settings, frame.defense)
+    frame = frame.drop_duplicates(["attack", "series", "seed"])
     measures = ("asr", "acc", "ra")
     data = averages(frame, ["series"], measures)
     if not len(data):

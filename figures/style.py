@@ -33,7 +33,7 @@ LABELS = {measure: f"{heading(measure)} (%)" for measure in ("asr", "acc", "acc_
 LOOKS = {BEFORE: ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
     ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"),
     ("NAD, betas 2000/5000/2000", 8, "<"), ("ARGD without distillation", 9, "D"), ("ARGD", 1, "X"),
-    ("I-BAU", 9, "h"), ("NC", 8, ">"),
+    ("I-BAU", 9, "h"), ("I-BAU, notebook", 9, "H"), ("NC", 8, ">"),
     ("CUBE", 5, "p"), ("ONION", 3, "^"), ("Word drop", 8, "v"), ("STRIP", 9, "D"), ("RAP", 1, "h"), ("DAN", 4, ">"))},
     "MCLDef": ("#4b1d6b", "X"), "MCLDef, random trigger": ("#c3a0dc", "o"),
     "MCLDef, cross-entropy": ("#8e5bb8", "d"), "MCLDef, target estimated": ("#6a3a94", "*"),

@@ -75,27 +75,32 @@ def _t(values: Sequence[float], scale: float, level: float) -> Interval:
 
 
 def paired_t(differences: Sequence[float]) -> PairedTest:
-    """Student's t test of mean difference zero (Student 1908); differences all zero have p = 1."""
+    """Student's t test of mean difference zero (Student 1908).
+
+    Shares come in whole samples, so two seeds may well differ by exactly as much; t would then be infinite. Where all
+    differences are equal the signed-rank test takes its place, which asks for their signs only.
+    """
     n = len(differences)
     if n < 2:
         return PairedTest(n, math.nan, "needs two pairs")
     differences = np.round(np.asarray(differences, dtype=float), 9)  # equal but for the last bits is equal
     if np.ptp(differences) == 0:
-        return PairedTest(n, 1.0 if differences[0] == 0 else 0.0, "all differences equal")
+        return PairedTest(n, wilcoxon(differences).p, "all differences equal")
     return PairedTest(n, float(stats.ttest_1samp(differences, 0.0).pvalue))
 
 
 def wilcoxon(differences: Sequence[float]) -> PairedTest:
     """Wilcoxon's signed-rank test (Wilcoxon 1945), two-sided and exact for any n, ties included.
 
-    Zero differences are dropped, as Wilcoxon did; ties get mid-ranks. The null distribution of the rank sum is counted
-    over all 2^n assignments of signs. scipy falls back to a normal approximation when there are ties or zeros.
+    Zero differences are dropped, as Wilcoxon did; with no other p is 1. Ties get mid-ranks. The null distribution of
+    the rank sum is counted over all 2^n assignments of signs. scipy falls back to a normal approximation when there are
+    ties or zeros.
     """
     values = np.round(np.asarray(differences, dtype=float), 9)  # 0.1 + 0.2 and 0.3 are a tie
     values = values[values != 0]
     n = len(values)
     if n == 0:
-        return PairedTest(0, math.nan, "no non-zero difference")
+        return PairedTest(0, 1.0 if len(differences) else math.nan, "no non-zero difference")
     doubled = np.rint(2 * stats.rankdata(np.abs(values))).astype(int)  # mid-ranks are multiples of one half
     counts = np.zeros(doubled.sum() + 1)
     counts[0] = 1.0
@@ -145,10 +150,7 @@ class Ranking:
     pairs: dict[tuple[int, int], float]
 
     def cliques(self, level: float = ALPHA) -> list[tuple[int, ...]]:
-        """Largest runs of treatments, in order of mean rank, no two of which differ significantly; two or more each.
-
-        A pair whose p is NaN (no two values differ) does not differ.
-        """
+        """Largest runs of treatments, in order of mean rank, no two of which differ significantly; two or more each."""
         order = sorted(range(len(self.ranks)), key=lambda i: self.ranks[i])
         found: list[tuple[int, ...]] = []
         for start in range(len(order)):

@@ -194,17 +194,17 @@ def mean_difference(results: Results, paired: list[Pair], measure: str) -> Inter
 
 def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequence[str],
          within: Sequence[str]) -> pd.DataFrame:
-    """`data` with BEST and TIED set: per group of `within` and measure, among the compared rows except "Before"; ASR of
+    """`data` with BEST and TIED set: per group of `within` and measure, among the compared rows except victims; ASR of
     models that are no classifiers any more is WRECKED and not compared."""
     data = data.copy()
-    lost = wrecked(frame, keys)
-    groups_of_rows = data[list(keys)].itertuples(index=False, name=None)
-    broken = (data.measure == "asr") & np.array([group in lost for group in groups_of_rows], dtype=bool)
-    data.loc[broken, "mark"] = WRECKED
     groups = dict(iter(frame.groupby(list(keys), sort=False)))
-    compared = data[(data.n > 0) & data.measure.isin([*COUNT, *AREAS]) & ~broken]
-    if "defense" in keys:
-        compared = compared[compared.defense != BEFORE]
+    victims = {group for group, part in groups.items() if "defense" in part and (part.defense == BEFORE).all()}
+    lost = wrecked(frame, keys)
+    of_rows = list(data[list(keys)].itertuples(index=False, name=None))
+    broken = (data.measure == "asr") & np.array([group in lost for group in of_rows], dtype=bool)
+    data.loc[broken, "mark"] = WRECKED
+    undefended = np.array([group in victims for group in of_rows], dtype=bool)
+    compared = data[(data.n > 0) & data.measure.isin([*COUNT, *AREAS]) & ~broken & ~undefended]
     for _group, candidates in compared.groupby([*within, "measure"], sort=False):
         if len(candidates) < 2:
             continue
@@ -213,8 +213,9 @@ def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequen
         others = [i for i in candidates.index if i != best]
         rows = {i: groups[tuple(data.loc[i, list(keys)])] for i in candidates.index}
         adjusted = holm([compare(results, rows[i], rows[best], measure).p for i in others])
-        # A best one marked alone would seem to be significantly better than those it could not be tested against.
-        if measure in AREAS and any(map(math.isnan, adjusted)):
+        # A best one marked alone would seem to be significantly better than those it could not be tested against: an
+        # AUROC with one seed, or a defense that shares no seed with it.
+        if any(map(math.isnan, adjusted)):
             continue
         data.loc[best, "mark"] = BEST
         data.loc[[i for i, p in zip(others, adjusted, strict=True) if p >= ALPHA], "mark"] = TIED

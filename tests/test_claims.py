@@ -1,6 +1,8 @@
 """Verdicts on runs made to fit them."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,12 @@ from reproduce.claims import criteria
 from reproduce.protocols import PROFILES, Entry
 from reproduce.results import Results
 from reproduce.store import Store
+from tables import argd as argd_tables
 from tests.synthetic import ATTACKS, Stub, results, write_run
 
 
-def made(root: Path, levels: dict[str, tuple[float, float]], seeds: int = 6, attacks: tuple[str, ...] = ATTACKS
-         ) -> Results:
+def made(root: Path, levels: dict[str, tuple[float, float]], seeds: int = 6, attacks: tuple[str, ...] = ATTACKS,
+         paper: str = "nad") -> Results:
     """Main-table runs at exactly these (ACC, ASR) levels plus a little noise, described settings."""
     store, entries = Store(root), []
     for seed in range(seeds):
@@ -22,7 +25,7 @@ def made(root: Path, levels: dict[str, tuple[float, float]], seeds: int = 6, att
             for place, (defense, (acc, asr)) in enumerate(levels.items()):
                 labels = {"attack": attack, "defense": defense, "variant": "-" if defense == "Before" else "described"}
                 task = Stub(f"{attack}-{defense}".replace(" ", ""), seed)
-                entries.append(Entry("nad", "main", labels, task))
+                entries.append(Entry(paper, "main", labels, task))
                 write_run(store, task, acc, asr, 1000 * seed + 10 * number + place, with_pictures=False)
     return Results(store, entries)
 
@@ -71,6 +74,53 @@ def test_an_attack_that_did_not_take_is_not_erased(tmp_path: Path) -> None:
 def test_five_pairs_cannot_support_the_control(tmp_path: Path) -> None:
     found = made(tmp_path, GOOD, seeds=1, attacks=ATTACKS[:5])
     assert verdict(found, "distillation-adds-described") == criteria.UNDECIDED
+
+
+def compared_with_nad(root: Path, nad: float, argd: float, seeds: int = 6) -> criteria.Check:
+    """The claim that ARGD leaves up to 94.85 % less ASR than NAD, on victims at these levels of ASR."""
+    levels = {"Before": (90, 99), "NAD": (89, nad), "ARGD": (89, argd)}
+    found = made(root, levels, seeds, paper="argd")
+    return criteria.up_to(found, criteria.defenses(found, argd_tables.STUDY, "described"), "ARGD", "NAD", "asr", 94.85,
+                          ATTACKS)
+
+
+def test_a_largest_share_is_refuted_by_its_interval_and_not_by_its_value(tmp_path: Path) -> None:
+    assert compared_with_nad(tmp_path / "far", 40, 38).outcome == criteria.REFUTED
+    assert compared_with_nad(tmp_path / "one-seed", 40, 38, seeds=1).outcome == criteria.UNDECIDED
+    near = compared_with_nad(tmp_path / "near", 30, 3)
+    assert near.outcome == criteria.UNDECIDED and near.value < 94.85
+
+
+def test_a_share_is_of_the_same_seeds(tmp_path: Path) -> None:
+    levels = {"Before": (90, 99), "NAD": (89, 60), "ARGD": (89, 30)}
+    found = made(tmp_path, levels, paper="argd")
+    for entry in found.entries:
+        if entry.labels["defense"] == "ARGD" and entry.task.seed:
+            shutil.rmtree(tmp_path / "runs" / entry.task.name)
+        elif entry.labels["defense"] == "NAD" and entry.task.seed:
+            write_run(found.store, entry.task, 89, 1, 7, with_pictures=False)
+    share = criteria.up_to(found, criteria.defenses(found, argd_tables.STUDY, "described"), "ARGD", "NAD", "asr", 94.85,
+                           ATTACKS)
+    assert float(re.match(r"at most ([\d.]+) %", share.text)[1]) == pytest.approx(50, abs=15)
+
+
+def test_a_victim_that_is_missing_is_not_an_attack_that_failed(tmp_path: Path) -> None:
+    found = made(tmp_path, GOOD, seeds=1)
+    shutil.rmtree(tmp_path / "runs" / "BadNets-Before-s0")
+    claim = next(claim for claim in claims.claims(found, PROFILES["paper"])
+                 if claim.name == "erases-six-attacks-described")
+    assert [check.outcome for check in claim.checks if check.subject == "BadNets"] == [criteria.NOT_RUN]
+
+
+def test_augmentation_counts_seeds_with_every_defense_only(tmp_path: Path) -> None:
+    found = results(tmp_path, seeds=2)
+    for entry in found.entries:
+        if entry.item == "augmentation" and entry.labels["defense"] == "NAD" and entry.task.seed == 1 \
+                and entry.labels["victim"].startswith("standard"):
+            shutil.rmtree(tmp_path / "runs" / entry.task.name)
+    claim = next(claim for claim in claims.claims(found, PROFILES["paper"])
+                 if claim.name == "augmentation-makes-erasure-harder")
+    assert claim.checks[0].n == 1 and not any(run.endswith("-s1") for run in claim.runs)
 
 
 def test_smoke_scale_gives_no_verdict_and_shortened_protocol_says_so(good: Results) -> None:

@@ -1,5 +1,6 @@
 """FMP's tables, figures and claims, from its whole protocol with made-up runs."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -127,12 +128,35 @@ def test_claims(tmp_path: Path) -> None:
     assert narrow.verdict == criteria.UNDECIDED and "no verdict on the paper" in narrow.evidence
 
 
+def over_seeds(seeds: int, **asr: float) -> pd.DataFrame:
+    """Rows of one defense at these levels; an attack at NaN has entries, but no run."""
+    return pd.DataFrame([{"attack": attack, "defense": "Before", "seed": seed, "asr": value + 0.1 * seed,
+                          "status": "missing" if math.isnan(value) else "done"}
+                         for attack, value in asr.items() for seed in range(seeds)])
+
+
 @pytest.mark.parametrize(("second", "outcome"), [(3.2, criteria.SUPPORTED), (40.0, criteria.UNDECIDED),
-                                                 (1.5, criteria.SUPPORTED)])
-def test_a_wide_interval_supports_no_average(second: float, outcome: str) -> None:
-    runs = pd.DataFrame([{"attack": attack, "seed": seed, "status": "done", "asr": value + 0.1 * seed}
-                         for attack, value in (("BadNets", 2.0), ("SSBA", second)) for seed in range(3)])
-    assert fmp_claims._average({METHOD: runs}, "asr", 2.86).outcome == outcome
+                                                 (1.5, criteria.SUPPORTED), (math.nan, criteria.UNDECIDED)])
+def test_a_wide_interval_or_a_missing_attack_supports_no_average(second: float, outcome: str) -> None:
+    table = {"Before": over_seeds(6, BadNets=99.0, SSBA=98.0), METHOD: over_seeds(6, BadNets=2.0, SSBA=second)}
+    assert fmp_claims._average(table, "asr", 2.86).outcome == outcome
+
+
+@pytest.mark.parametrize(("seeds", "outcome"), [(6, criteria.SUPPORTED), (2, criteria.UNDECIDED)])
+def test_an_average_needs_enough_runs_of_attacks_that_took(seeds: int, outcome: str) -> None:
+    table = {"Before": over_seeds(seeds, BadNets=99.0, SSBA=9.0), METHOD: over_seeds(seeds, BadNets=1.0, SSBA=50.0)}
+    check = fmp_claims._average(table, "asr", 2.86)
+    assert check.outcome == outcome and check.n == seeds and "without SSBA" in check.text
+
+
+def test_one_baseline_does_not_speak_for_all_nine(tmp_path: Path) -> None:
+    found = [entry for entry in entries(replace(PROFILES["paper"], seeds=tuple(range(6))), [PAPER], ["main"])
+             if entry.labels["attack"] == "BadNets"]
+    few = [entry for entry in found if entry.labels["defense"] in ("Before", METHOD, "FT")]
+    results = Results(made(tmp_path, few).store, found)
+    least = next(claim for claim in claims.claims(results, PROFILES["paper"]) if claim.name == "least-gap")
+    assert least.outcome == criteria.UNDECIDED and len(least.checks) == len(BASELINES)
+    assert {check.outcome for check in least.checks} == {criteria.SUPPORTED, criteria.NOT_RUN}
 
 
 def test_a_narrow_network_loses_as_many_maps_of_a_layer() -> None:

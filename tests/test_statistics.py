@@ -50,7 +50,7 @@ def test_paired_t_is_scipys() -> None:
     first, second = np.array([5.0, 7.0, 6.0, 9.0]), np.array([4.0, 7.0, 3.0, 5.0])
     assert paired_t(first - second).p == pytest.approx(stats.ttest_rel(first, second).pvalue)
     assert paired_t([0.0, 0.0]).p == 1.0
-    assert paired_t([2.0, 2.0]).p == 0.0
+    assert paired_t([2.0, 2.0]).p == 0.5, "two signs alike, which chance gives half of the time"
     assert math.isnan(paired_t([1.0]).p)
 
 
@@ -75,7 +75,11 @@ def test_six_pairs_are_the_fewest_that_reach_5_percent() -> None:
     assert wilcoxon([-1, -2, -3, -4, -5, -6]).note == ""
     five = wilcoxon([-1, -2, -3, -4, -5])
     assert five.p == pytest.approx(2 / 32) and "n = 5" in five.note
-    assert math.isnan(wilcoxon([0.0, 0.0]).p)
+    assert wilcoxon([0.0, 0.0]).p == 1.0 and math.isnan(wilcoxon([]).p)
+
+
+def test_methods_that_never_differ_count_in_the_family() -> None:
+    assert holm([wilcoxon([-1, -2, -3, -4, -5, -6]).p, wilcoxon([0.0] * 6).p]) == pytest.approx([4 / 64, 1])
 
 
 def test_mcnemar_counts_discordant_images_only() -> None:

@@ -29,8 +29,8 @@ def claims(results: Results) -> list[Claim]:
         PAPER, "lower-asr-than-nad", f"ARGD's ASR is up to {wanted} % lower than NAD's.", read["lower-asr"]["source"],
         "On each of the six attacks with a working backdoor, ARGD as described against NAD as released, paired by "
         "seed: the reduction of mean ASR as a share of NAD's, and in points. Supported: the largest over the attacks "
-        f"reaches {wanted} in one of these readings, on at least {FEWEST} seeds. Not supported: all six ran, none "
-        f"reaches it, and every 95 % interval in points lies below it. {ONE_SEED}",
+        f"reaches {wanted} in one of these readings. Not supported: all six ran, none reaches it, and every 95 % "
+        f"interval, of share and points, lies below it. Fewer than {FEWEST} seeds decide nothing. {ONE_SEED}",
         [up_to(results, table, "ARGD", "NAD", "asr", wanted, SIX)], runs)]
     wanted = read["higher-acc"]["value"]
     found.append(claim(

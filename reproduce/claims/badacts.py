@@ -114,11 +114,10 @@ def _on(table: dict[str, pd.DataFrame], attacks: tuple[str, ...]) -> list[str]:
 
 def _tells(table: dict[str, pd.DataFrame], attack: str) -> Check:
     """Whether the detector tells an attack's sentences from clean ones."""
-    before, ours = of(table, BEFORE, attack), of(table, METHOD, attack)
-    value = None if before is None or ours is None else estimate(ours, "auroc")
-    if value is None or not value.n:
+    before, value = estimate(of(table, BEFORE, attack), "asr"), estimate(of(table, METHOD, attack), "auroc")
+    if not before.n or not value.n:
         return Check(attack, NOT_RUN, f"{attack}: not run")
-    took = estimate(before, "asr").mean >= TOOK
+    took = before.mean >= TOOK
     note = "" if took else "; the attack did not take, so there was nothing to detect"
     return Check(attack, above(value.interval, TELLS) if took else UNDECIDED,
                  f"{attack}: AUROC {value.mean:.1f} [{value.low:.1f}, {value.high:.1f}], n = {value.n}{note}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from reproduce.protocols import PAPERS
-from reproduce.results import Results
+from reproduce.results import MEASURES, Results
 from reproduce.statistics import (
     ALPHA,
     Interval,
@@ -47,6 +47,8 @@ MARGIN = 2.0
 FEWEST = 6
 
 ONE_SEED = "With one seed the interval covers the test images only."
+
+NO_ROWS = pd.DataFrame(columns=["attack", "seed", "run", "status", *MEASURES])
 
 SIX = ("BadNets", "Trojan", "Blend", "CL", "SIG", "Refool")    # of NAD and ARGD
 
@@ -118,11 +120,11 @@ def erases(rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str],
     """Per attack: a working backdoor before, and the interval of ASR after wholly below `threshold`."""
     checks = []
     for attack in attacks:
-        before, after = of(rows, BEFORE, attack), of(rows, defense, attack)
-        if after is None or before is None or not (value := estimate(after, "asr")).n:
+        before, after = (estimate(part, "asr") for part in (of(rows, BEFORE, attack), of(rows, defense, attack)))
+        if not before.n or not after.n:
             checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
             continue
-        taken = estimate(before, "asr").mean
+        taken, value = before.mean, after
         outcome = below(value.interval, threshold) if taken >= TOOK else UNDECIDED
         note = "" if taken >= TOOK else "; the attack did not take, so there was nothing to erase"
         checks.append(Check(attack, outcome, f"{attack}: ASR {taken:.1f} -> {value.mean:.1f} "
@@ -136,8 +138,7 @@ def loses_less(results: Results, rows: dict[str, pd.DataFrame], defense: str, at
     """Per attack: the interval of the accuracy lost by the defense wholly below `threshold` points."""
     checks = []
     for attack in attacks:
-        before, after = of(rows, BEFORE, attack), of(rows, defense, attack)
-        paired = pairs(before, after, measure) if after is not None and before is not None else []
+        paired = pairs(of(rows, BEFORE, attack), of(rows, defense, attack), measure)
         if not paired:
             checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
             continue
@@ -148,10 +149,10 @@ def loses_less(results: Results, rows: dict[str, pd.DataFrame], defense: str, at
     return checks
 
 
-def of(rows: dict[str, pd.DataFrame], defense: str, attack: str) -> pd.DataFrame | None:
-    """A defense's rows on one attack."""
-    part = rows.get(defense)
-    return None if part is None else part[part.attack == attack]
+def of(rows: dict[str, pd.DataFrame], defense: str, attack: str) -> pd.DataFrame:
+    """A defense's rows on one attack; empty without any."""
+    part = rows.get(defense, NO_ROWS)
+    return part[part.attack == attack]
 
 
 def _gain(better: str, worse: str, margin: float) -> str:
@@ -217,36 +218,37 @@ def _adds(one: Compared, p: float) -> Check:
 def up_to(results: Results, rows: dict[str, pd.DataFrame], defense: str, base: str, measure: str, wanted: float,
           attacks: Sequence[str]) -> Check:
     """"Up to `wanted` %" less ASR or more ACC than `base`, on the attacks that took: the largest gain over them, as a
-    share of the base's value and in points.
+    share of the base's value on the same seeds and in points.
 
-    Supported if either reaches `wanted` on FEWEST seeds; not supported if all `attacks` ran, neither does, and every
-    interval in points lies below it.
+    Supported if either reaches `wanted`; not supported if all `attacks` ran, neither does, and every interval, in
+    points and as a share, lies below it. Both on FEWEST seeds.
     """
     working = [a for a, asr in victims_asr(rows[BEFORE]).items() if asr >= TOOK] if BEFORE in rows else []
     gains: dict[str, Interval] = {}
-    shares: dict[str, float] = {}
+    shares: dict[str, Interval] = {}
     seeds: list[int] = []
     for attack in working:
         theirs, ours = of(rows, base, attack), of(rows, defense, attack)
-        if theirs is None or ours is None:
-            continue
         paired = pairs(theirs, ours, measure) if measure == "asr" else pairs(ours, theirs, measure)
         if paired:
-            gains[attack] = mean_difference(results, paired, measure)
-            value = estimate(theirs, measure).mean
-            shares[attack] = 100 * gains[attack].mean / value if value else math.nan
+            gain = gains[attack] = mean_difference(results, paired, measure)
+            values = [pair.first if measure == "asr" else pair.second for pair in paired]
+            unit = 100 * len(values) / sum(values) if any(values) else math.nan
+            shares[attack] = Interval(unit * gain.mean, unit * gain.low, unit * gain.high)
             seeds.append(len(paired))
     if not gains:
         return Check("all attacks", NOT_RUN, "not run")
-    first, second = max(shares, key=lambda a: shares[a]), max(gains, key=lambda a: gains[a].mean)
+    first, second = max(shares, key=lambda a: shares[a].mean), max(gains, key=lambda a: gains[a].mean)
     share, points, n = shares[first], gains[second], min(seeds)
-    reached = share >= wanted or points.mean >= wanted
-    ruled_out = set(gains) == set(attacks) and not reached and all(gain.below(wanted) for gain in gains.values())
+    reached = share.mean >= wanted or points.mean >= wanted
+    ruled_out = set(gains) == set(attacks) and not reached and all(
+        gain.below(wanted) for gain in (*gains.values(), *shares.values()))
+    outcome = SUPPORTED if reached else REFUTED if ruled_out else UNDECIDED
     what = "less ASR" if measure == "asr" else "more ACC"
-    return Check("all attacks", SUPPORTED if reached and n >= FEWEST else REFUTED if ruled_out else UNDECIDED,
-                 f"at most {share:.1f} % {what} ({first}), and {points.mean:+.2f} points "
-                 f"[{points.low:+.2f}, {points.high:+.2f}] ({second}); {len(gains)} attacks, n = {n}",
-                 points.mean, points.low, points.high, n)
+    return Check("all attacks", outcome if n >= FEWEST else UNDECIDED,
+                 f"at most {share.mean:.1f} % {what}{bounds(share.low, share.high, 1)} ({first}), and "
+                 f"{points.mean:+.2f} points {bounds(points.low, points.high, 2, '+').strip()} ({second}); "
+                 f"{len(gains)} attacks, n = {n}", points.mean, points.low, points.high, n)
 
 
 def claim(paper: str, name: str, statement: str, source: str, criterion: str, checks: Sequence[Check],

@@ -3,8 +3,8 @@
 from reproduce.claims.criteria import (
     ADDS,
     FEWEST,
+    NO_ROWS,
     NOT_RUN,
-    ONE_SEED,
     REFUTED,
     SUPPORTED,
     UNDECIDED,
@@ -24,7 +24,7 @@ from reproduce.statistics import Interval, hierarchical_bootstrap
 from tables.against_published import WIDE, published_values
 from tables.comparison import against, bounds
 from tables.fmp import STUDY
-from tables.layout import measured
+from tables.layout import BEFORE, measured, not_taken
 
 VARIANTS = ("described", "released")
 
@@ -43,9 +43,9 @@ def claims(results: Results) -> list[Claim]:
             wanted = read[measure]["value"]
             found.append(claim(
                 PAPER, f"{measure}{ending}", f"{statement} (as {variant}).", read[measure]["source"],
-                f"The 95 % interval of the average over the attacks wholly {which} {wanted}, or containing it on at "
-                f"least {FEWEST} runs and no wider than {WIDE:.0f} points: supported. Wholly on the other side: not "
-                f"supported. {ONE_SEED}",
+                f"The 95 % interval of the average over the attacks that took wholly {which} {wanted}, or containing "
+                f"it and no wider than {WIDE:.0f} points: supported. Wholly on the other side: not supported. Fewer "
+                f"than {FEWEST} runs, or an attack without any, decide nothing.",
                 [_average(table, measure, wanted)], runs))
         found += _range(results, table, variant, read, ending)
     table = defenses(results, STUDY, "described")
@@ -63,54 +63,65 @@ def claims(results: Results) -> list[Claim]:
 
 
 def _average(table: dict, measure: str, wanted: float) -> Check:
-    """FMP's average over the attacks against the published one; a lower ASR and a higher RA meet it too."""
-    done = measured(table[METHOD], measure) if METHOD in table else None
-    if done is None or not len(done):
+    """FMP's average over the attacks that took against the published one; a lower ASR and a higher RA meet it too."""
+    ours = table.get(METHOD, NO_ROWS)
+    weak = not_taken(table[BEFORE]) if BEFORE in table else []
+    sought = [attack for attack in dict.fromkeys(ours.attack) if attack not in weak]
+    done = measured(ours[ours.attack.isin(sought)], measure)
+    if not len(done):
         return Check("average", NOT_RUN, "not run")
     interval = hierarchical_bootstrap([part[measure].to_list() for _, part in done.groupby("attack", sort=False)])
     outcome = (below if measure == "asr" else above)(interval, wanted)
-    # Undecided: the interval contains the published value, as a wide one almost always does. That it must not be wide
-    # was added after the first runs and only withholds verdicts.
-    if outcome == UNDECIDED and len(done) >= FEWEST and interval.high - interval.low <= WIDE:
+    # Undecided: the interval contains the published value, as a wide one almost always does. That it must not be wide,
+    # and that no attack may be missing, was added after the first runs and only withholds verdicts.
+    if outcome == UNDECIDED and interval.high - interval.low <= WIDE:
         outcome = SUPPORTED
+    if len(done) < FEWEST or set(done.attack) != set(sought) or BEFORE not in table:
+        outcome = UNDECIDED
+    left_out = f"; without {', '.join(weak)}, which did not take" if weak else ""
     return Check("average", outcome, f"{interval.mean:.2f}{bounds(interval.low, interval.high, 2)}, mean over attacks: "
-                 f"{', '.join(done.attack.unique())} (runs: {len(done)})", interval.mean, interval.low, interval.high,
-                 len(done))
+                 f"{', '.join(done.attack.unique())} (runs: {len(done)}){left_out}", interval.mean, interval.low,
+                 interval.high, len(done))
 
 
 def _range(results: Results, table: dict, variant: str, read: dict, ending: str) -> list[Claim]:
     """The least and the largest distance to a baseline."""
     gaps: dict[str, Interval] = {}
     counts: dict[str, int] = {}
-    for name in BASELINES:
-        if METHOD in table and name in table:
-            gap = against(results, table[name], table[METHOD], "asr")
-            if gap["n"]:
-                gaps[name] = Interval(gap["difference"], gap["low"], gap["high"])
-                counts[name] = gap["n"]
-    runs = finished(table.get(METHOD), *(table.get(name) for name in BASELINES))
+    checks = []
     least, most = read["least"]["value"], read["most"]["value"]
-    checks = [Check(name, above(gap, least), f"{name}: {gap.mean:+.1f} points{bounds(gap.low, gap.high, 1, '+')}",
-                    gap.mean, gap.low, gap.high, counts[name]) for name, gap in gaps.items()] \
-        or [Check("baselines", NOT_RUN, "not run")]
+    for name in BASELINES:
+        both = METHOD in table and name in table
+        distance = against(results, table[name], table[METHOD], "asr") if both else {"n": 0}
+        if not distance["n"]:
+            checks.append(Check(name, NOT_RUN, f"{name}: not run"))
+            continue
+        gap = gaps[name] = Interval(distance["difference"], distance["low"], distance["high"])
+        n = counts[name] = distance["n"]
+        checks.append(Check(name, above(gap, least) if n >= FEWEST else UNDECIDED,
+                            f"{name}: {gap.mean:+.1f} points{bounds(gap.low, gap.high, 1, '+')}, {n} pairs",
+                            gap.mean, gap.low, gap.high, n))
+    runs = finished(table.get(METHOD), *(table.get(name) for name in BASELINES))
     found = [claim(
         PAPER, f"least-gap{ending}", f"FMP (as {variant}) leaves at least {least} points less ASR than every baseline.",
         read["least"]["source"],
         f"For each baseline: the hierarchical bootstrap interval of its ASR minus FMP's, paired by attack and seed, "
-        f"wholly above {least}. {ONE_SEED}", checks, runs, of="baselines")]
+        f"wholly above {least}. Wholly below refutes. Fewer than {FEWEST} pairs decide nothing.", checks, runs,
+        of="baselines")]
     if not gaps:
         largest = Check("baselines", NOT_RUN, "not run")
     else:
         name = max(gaps, key=lambda baseline: gaps[baseline].mean)
         gap = gaps[name]
-        outcome = SUPPORTED if gap.mean >= most and counts[name] >= FEWEST else UNDECIDED
-        if len(gaps) == len(BASELINES) and all(one.below(most) for one in gaps.values()):
-            outcome = REFUTED
-        largest = Check(name, outcome, f"{name}: {gap.mean:+.1f} points{bounds(gap.low, gap.high, 1, '+')}, "
-                        f"{counts[name]} pairs", gap.mean, gap.low, gap.high, counts[name])
+        ruled_out = len(gaps) == len(BASELINES) and all(one.below(most) for one in gaps.values())
+        outcome = SUPPORTED if gap.mean >= most else REFUTED if ruled_out else UNDECIDED
+        enough = min(counts.values()) >= FEWEST
+        largest = Check(name, outcome if enough else UNDECIDED,
+                        f"{name}: {gap.mean:+.1f} points{bounds(gap.low, gap.high, 1, '+')}, {counts[name]} pairs",
+                        gap.mean, gap.low, gap.high, counts[name])
     found.append(claim(
         PAPER, f"largest-gap{ending}", f"FMP (as {variant}) leaves up to {most} points less ASR than a baseline.",
         read["most"]["source"],
-        f"The largest mean distance to a baseline reaches {most}, on {FEWEST} pairs or more: supported. Not supported: "
-        f"every baseline ran and every interval lies below it. {ONE_SEED}", [largest], runs))
+        f"The largest mean distance to a baseline reaches {most}: supported. Not supported: every baseline ran and "
+        f"every interval lies below it. Fewer than {FEWEST} pairs with any baseline decide nothing.", [largest], runs))
     return found

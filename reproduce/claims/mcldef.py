@@ -37,9 +37,10 @@ def claims(results: Results) -> list[Claim]:
     found = [claim(
         PAPER, "reduces-asr", f"MCLDef reduces ASR by up to {wanted} %.", read["reduces"]["source"],
         "On each attack with a working backdoor: ASR before minus after MCLDef (released), paired by seed, as a share "
-        f"and in points. Supported: the largest over the attacks reaches {wanted} in one of these readings, on "
-        f"{FEWEST} seeds or more. Not supported: all attacks ran, none reaches it, and every 95 % interval in points "
-        f"lies below it. {ONE_SEED}", [up_to(results, table, METHOD, BEFORE, "asr", wanted, tuple(ATTACKS))], runs)]
+        f"and in points. Supported: the largest over the attacks reaches {wanted} in one of these readings. Not "
+        "supported: all attacks ran, none reaches it, and every 95 % interval, of share and points, lies below it. "
+        f"Fewer than {FEWEST} seeds decide nothing. {ONE_SEED}",
+        [up_to(results, table, METHOD, BEFORE, "asr", wanted, tuple(ATTACKS))], runs)]
     wanted = read["harmless"]["value"]
     for name, measure, which in (
             ("loses-little", "acc_nontarget", "images of other classes than the target, as its code does"),

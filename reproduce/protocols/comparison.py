@@ -48,8 +48,15 @@ def row(label: str, variant: str, paper: str, defense: str | None = None) -> Row
 
 
 def victim(profile: Profile, attack: str, paper: str, variant: str, seed: int, recipe: Recipe = RELEASED) -> Victim:
-    """The victim of an attack in a paper's settings."""
-    settings = profile.attack(attack_module(attack).SETTINGS[paper, variant])
+    """The victim of an attack in a paper's settings.
+
+    An attacker who controls the training poisons each batch anew, so its images come in a new order in every epoch, as
+    in the attacks' own code: in a fixed one the same images would be poisoned in all epochs.
+    """
+    module = attack_module(attack)
+    settings = profile.attack(module.SETTINGS[paper, variant])
+    if hasattr(module, "implant"):
+        recipe = replace(recipe, shuffle=True)
     return Victim(profile.dataset, profile.model, profile.victim(recipe), seed, attack, settings)
 
 

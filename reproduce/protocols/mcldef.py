@@ -9,7 +9,7 @@ what the contrastive loss is worth against the cross-entropy on the same stamped
 from dataclasses import replace
 from typing import Any
 
-from defenses import anp, mcldef
+from defenses import anp, ibau, mcldef
 from reproduce.protocols import Entry, Profile
 from reproduce.protocols.comparison import AUGMENTED, SIX, Row, comparison, fractions, row, sweep, victim
 
@@ -38,6 +38,7 @@ OWN_ROWS = [
 MAIN_ROWS = [
     row("FT", "released", "nad"), row("NAD", "released", "nad"), row("ARGD", "described", "argd").under("released"),
     row("ANP", "described", PAPER).under("released"), row("I-BAU", "described", PAPER, "ibau").under("released"),
+    Row("I-BAU, notebook", "released", "ibau", ibau.SETTINGS["ibau", "notebook"]),
     row("NC", "described", PAPER).under("released"), *OWN_ROWS,
 ]
 BRIEF_ROWS = [row("FT", "released", "nad"), row("NAD", "released", "nad"), *OWN_ROWS]
@@ -85,8 +86,8 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
     for label in SMOKE_ATTACKS[:1] if profile.smoke else ATTACKS:
         attacked = victim(profile, *ATTACKS[label], "described", seed)
         chosen = sweep(profile, PAPER, "anp-threshold", "threshold", attacked, "anp", THRESHOLDS)
-        found += [replace(entry, labels={"attack": label, **entry.labels})
-                  for entry in [Entry(PAPER, "anp-threshold", {"threshold": "none: the victim"}, attacked), *chosen]]
+        before = Entry(PAPER, "anp-threshold", {"threshold": "none: the victim", "defense": "Before"}, attacked)
+        found += [replace(entry, labels={"attack": label, **entry.labels}) for entry in (before, *chosen)]
     return found + sweep(profile, PAPER, "variants", "variant", on, "mcldef", VARIANTS)
 
 

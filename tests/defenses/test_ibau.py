@@ -111,7 +111,9 @@ def test_each_batch_sees_the_confined_perturbation_on_its_share_of_images(radius
     assert norms == pytest.approx([radius or found[0]] * 3, rel=1e-4)
 
 
-def test_the_bench_confines_nothing_and_descends_slowly():
+def test_each_official_file_has_its_own_settings():
+    assert ibau.SETTINGS["ibau", "released"] == ibau.Config(rounds=3, terms=5, batch=100, rate=1e-3, radius=None)
+    assert ibau.SETTINGS["ibau", "notebook"] == ibau.Config(rounds=1, terms=5, batch=100, rate=1e-3, radius=10.0)
     assert ibau.SETTINGS["fmp", "described"] == ibau.Config(rounds=5, terms=5, batch=100, rate=1e-4, radius=None)
 
 
@@ -128,7 +130,7 @@ def test_trains_every_weight_and_no_statistic(victim, clean):
 
 def test_unlearning_makes_the_perturbation_harmless(victim, clean):
     """On images that all carry it: what it costs the victim it no longer costs the repaired model."""
-    config = ibau.Config(rounds=3, batch=20, portion=0.5, rate=3e-3)
+    config = ibau.Config(rounds=3, batch=20, portion=0.5, rate=3e-3, radius=10.0)
     before = ibau.deepcopy(victim).eval()
     d = ibau.confine(ibau.universal_perturbation(before, list(clean.images.split(20)), config), config.radius)
     after = ibau.defend(victim, clean, config, 5).model
