@@ -13,9 +13,10 @@ clean network is needed.
 
 NAD's code has no CL: its README points to hkunzhe/label_consistent_attacks_pytorch, whose configuration is used here.
 Departures: that code perturbs with an adversarially trained ResNet-18; we use a clean network of the victim's own
-architecture. It pastes a random 2x2 coloured patch instead of the paper's four corners; we use the four corners of the
-authors' own code (MadryLab/label-consistent-backdoor-code) at full contrast. It draws each target image with
-probability 1/2; we take exactly half of them. NAD's norm, epsilon and rate are not stated where we could read.
+architecture, recipe and seed, so that both start from the same weights. It pastes a random 2x2 coloured patch instead
+of the paper's four corners; we use the four corners of the authors' own code (MadryLab/label-consistent-backdoor-code)
+at full contrast. It draws each target image with probability 1/2; we take exactly half of them. NAD's norm, epsilon and
+rate are not stated where we could read.
 
 ("argd", "released") is what ARGD's code does under the name "cleanLabel" (BililiCode/ARGD@6354666 data_loader.py:
 246-265): its grid in the middle of images of the target class, which are not perturbed. Departure: that code draws

@@ -22,7 +22,8 @@ the classifier's input exactly 0. ResNet-18, PreAct-ResNet18 and VGG-19 have no 
 off by zeros in the classifier's weights. a_c is always the mean of what the classifier sees: BackdoorBench's
 PreAct-ResNet18 has neither BN nor ReLU there, so that a_c may be negative. Neither this paper's stopping rule nor the
 settings NAD compared with were readable: tolerance and validation share are ours, and the fine-tuning is that of the
-FT row.
+FT row. BackdoorBench ranks channels on cropped and flipped images of the whole clean set, we on the images as they are
+of the part that is not held out.
 """
 
 from copy import deepcopy

@@ -88,6 +88,8 @@ class Config:
 
     target: int | None = None
     threshold: float = THRESHOLD
+    # Of an even number of norms: False, the mean of the two in the middle; True, the lower one, as torch.median.
+    lower_median: bool = field(default=False, metadata={"since": "fmp"})
     only_flagged: bool = False                  # ours; True: no outlier, no repair
     share: float = 0.2                          # bench unlearning_ratio
     inversion: Inversion = INVERSION
@@ -102,6 +104,7 @@ SETTINGS = {
     ("mcldef", "described"): Config(),
     ("mcldef", "granted"): Config(target=5),    # ours: NC with the knowledge the released MCLDef has
     ("fmp", "described"): Config(
+        lower_median=True,                      # v1:425-426
         only_flagged=True,                      # v1:596-602
         inversion=Inversion(
             batches=None, batch=256,            # yaml batch_size, v1:314
@@ -138,7 +141,7 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     """
     if config.target is None:
         found = invert_classes(model, clean, range(clean.num_classes), config.inversion, seed, observe)
-        estimate = estimate_target(found.masks, config.threshold)
+        estimate = estimate_target(found.masks, config.threshold, config.lower_median)
         info = estimate.describe() | {"inversion_steps": found.steps}
         suspects = estimate.flagged or ([] if config.only_flagged else [estimate.target])
     else:
@@ -355,19 +358,23 @@ class Estimate:
                 "anomaly_index": self.index, "flagged": self.flagged}
 
 
-def estimate_target(masks: Tensor, threshold: float = THRESHOLD) -> Estimate:
+def estimate_target(masks: Tensor, threshold: float = THRESHOLD, lower_median: bool = False) -> Estimate:
     """The target is the class with the smallest mask. masks: (K, H, W), one of each class."""
     norms = masks.sum((1, 2)).tolist()
-    index, flagged = outliers(norms, threshold)
+    index, flagged = outliers(norms, threshold, lower_median)
     return Estimate(int(np.argmin(norms)), index, flagged, norms)
 
 
-def outliers(norms: Sequence[float], threshold: float = THRESHOLD) -> tuple[float, list[int]]:
+def outliers(norms: Sequence[float], threshold: float = THRESHOLD,
+             lower_median: bool = False) -> tuple[float, list[int]]:
     """The anomaly index of the smallest norm, and the labels of all norms that are too small, smallest first."""
+    def middle(of: np.ndarray) -> float:
+        return float(np.sort(of)[(len(of) - 1) // 2] if lower_median else np.median(of))
+
     values = np.asarray(norms)
-    median = np.median(values)
+    median = middle(values)
     # 1.4826 makes the median absolute deviation that of a normal distribution; equal norms are no outliers.
-    deviation = max(1.4826 * np.median(np.abs(values - median)), 1e-12)
+    deviation = max(1.4826 * middle(np.abs(values - median)), 1e-12)
     indices = (median - values) / deviation
     return float(indices.max()), [int(i) for i in np.argsort(values, kind="stable") if indices[i] > threshold]
 

@@ -4,7 +4,7 @@ Order and dropout of epoch e depend on (seed, phase, e) only, so an interrupted 
 bit for bit where the undisturbed one ends (on a CPU).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ class TextRecipe:
     keep_best: the model is that of the epoch with the best accuracy on the validation set, the first of equals;
     otherwise the last epoch's.
     precision: "fp32", or "bf16" for autocast.
+    epsilon: AdamW's.
     """
 
     epochs: int
@@ -35,6 +36,7 @@ class TextRecipe:
     clip: float = 1.0
     keep_best: bool = True
     precision: str = "fp32"
+    epsilon: float = field(default=1e-8, metadata={"since": "badacts"})
 
     def rate_at(self, step: int, per_epoch: int) -> float:
         """Learning rate of the optimisation step number `step`, counted from 0."""
@@ -53,7 +55,7 @@ def fine_tune(model: TextClassifier, train: Texts, validation: Texts, recipe: Te
     tokens, labels = model.encode(train.texts), train.labels.to(model.device)
     held = model.encode(validation.texts)
     optimizer = torch.optim.AdamW(model.network.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay,
-                                  fused=True)  # a step on a CPU takes a tenth of the time
+                                  eps=recipe.epsilon, fused=True)  # a step on a CPU takes a tenth of the time
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] = {}
     saved = checkpoint.load() if checkpoint else None

@@ -186,6 +186,12 @@ def test_the_released_noise_is_that_of_its_data_set() -> None:
     assert (noise["main"], noise["cifar100"], noise["gtsrb"]) == (0.02, 0.03, 0.03)
 
 
+def test_attacks_that_train_by_their_own_code_keep_the_first_rate() -> None:
+    cosine = {entry.labels["attack"]: entry.task.victim.recipe.cosine for entry in entries(PROFILES["paper"], [PAPER])
+              if entry.item == "main"}
+    assert {attack for attack, found in cosine.items() if found is None} == {"WaNet", "Input-aware"}
+
+
 def test_only_cifar_10_is_flipped() -> None:
     flipped = {entry.item: entry.task.victim.recipe.augment.flip for entry in entries(PROFILES["paper"], [PAPER])}
     assert flipped["main"] and not flipped["gtsrb"] and not flipped["cifar100"]

@@ -135,3 +135,10 @@ def test_up_to_is_reached_or_ruled_out(tmp_path: Path) -> None:
     assert criteria.up_to(found, table, "MCLDef", "Before", "asr", 90.0, attacks).outcome == criteria.SUPPORTED
     assert criteria.up_to(found, table, "FT", "Before", "asr", 95.79, attacks).outcome == criteria.REFUTED
     assert criteria.up_to(found, table, "FT", "Before", "asr", 95.79, (*attacks, "SIG")).outcome == criteria.UNDECIDED
+
+
+@pytest.mark.parametrize("paper", ["mcldef", "cross"])
+def test_attackers_who_poison_each_batch_see_images_in_a_new_order(paper: str) -> None:
+    shuffled = {entry.labels["attack"]: entry.task.victim.recipe.shuffle for entry in entries(PROFILES["paper"], [paper])
+                if entry.item == "main"}
+    assert shuffled["WaNet"] and shuffled["Input-aware"] and not shuffled["BadNets"]

@@ -31,9 +31,11 @@ WORDS = "ONION"
 ATTACKS = {"BadNets": "badnets_words", "AddSent": "addsent", "StyleBkd": "stylebkd", "SynBkd": "synbkd"}
 
 # configs/*.json and Attacks.py:74-79; 2e-5 is BERT's. A small sentence encoder learns nothing at that rate in 5 epochs,
-# so it gets its own, the only change; the embedded data set's model is trained from scratch.
+# so it gets its own; the embedded data set's model is trained from scratch. AdamW's epsilon is that of the
+# transformers.AdamW in trainer.py:103; only MiniLM's runs were made before we knew, with the 1e-8 of torch's.
 RATES = {MINILM: 1e-4, TINY: 2e-3}
 BERT_RATE = 2e-5
+EPSILON, MINILM_EPSILON = 1e-6, 1e-8
 BATCHES = {"agnews": 12, "agnews-small": 12}
 
 
@@ -75,7 +77,8 @@ POISON_RATES = (0.01, 0.05, 0.1, 0.2)
 def recipe(dataset: str, encoder: str) -> TextRecipe:
     """How a victim is trained: AdamW, no weight decay, gradients clipped at 1, rate up for 3 epochs and down for 2
     (trainer.py:105-107), the epoch best on the validation split (eval.py:42)."""
-    return TextRecipe(epochs=5, rate=RATES.get(encoder, BERT_RATE), warmup=3, batch=BATCHES.get(dataset, 32))
+    return TextRecipe(epochs=5, rate=RATES.get(encoder, BERT_RATE), warmup=3, batch=BATCHES.get(dataset, 32),
+                      epsilon=MINILM_EPSILON if encoder == MINILM else EPSILON)
 
 
 def departure(profile: Profile) -> str:

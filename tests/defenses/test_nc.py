@@ -92,6 +92,16 @@ def test_outliers_are_the_official_ones(norms, index, flagged):
     assert nc.outliers(norms) == (pytest.approx(index, rel=1e-5), flagged)
 
 
+def test_backdoorbench_takes_the_lower_of_two_middle_norms():
+    """Its outlier_detection (huangd1999/BackdoorBench@6135839: v1, defense/nc/nc.py:421-427) is torch.median's."""
+    norms = torch.tensor([3.0, 40, 41, 42, 43, 60, 61, 62, 63, 64])
+    median = norms.median()
+    index = (median - norms.min()) / (1.4826 * (norms - median).abs().median())
+    assert nc.outliers(norms.tolist(), lower_median=True)[0] == pytest.approx(index.item())
+    assert nc.outliers(norms.tolist())[0] != pytest.approx(index.item(), rel=0.1)
+    assert nc.SETTINGS["fmp", "described"].lower_median and not nc.SETTINGS["mcldef", "described"].lower_median
+
+
 def test_a_large_mask_is_no_outlier_and_equal_ones_are_none():
     assert nc.outliers([30, 31, 29, 30, 500])[1] == []
     assert nc.outliers([7.0] * 5) == (0.0, [])
