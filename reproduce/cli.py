@@ -160,6 +160,7 @@ def report(**selected: Any) -> int:
     """Write tables, figures, claims and report from the runs that are there; computes nothing."""
     selection = Selection(**selected)
     results = Results(Store(selection.place), selection.entries(selection.profile))
+    _check_writable(selection.place)
     return _report(results, selection.profile, selection.place)
 
 

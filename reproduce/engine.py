@@ -98,18 +98,21 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
     store, outcome = Store(workers.store), Outcome()
     waiting = unfinished(tasks, store)
     needed = {need.name for task in waiting.values() for need in task.needs()}
-    stripped = {name for name in waiting if store.find(name)}
     outcome.reused.extend(task.name for task in tasks if task.name not in waiting)
     if not waiting:
         return outcome
+    # Stripped, damaged or gone, while runs made from them are there.
+    renewed = {need.name for task in tasks if task.name not in waiting for need in task.needs()} & set(waiting)
     seconds = expected(tasks, store)
     with _Bar({name: seconds[name] / workers.jobs for name in waiting}) as bar, _Pool(workers) as pool:
         running: dict[Future, str] = {}
         deaths: set[str] = set()
         while waiting or running:
             _drop_orphans(waiting, outcome, say)
-            for name in _ready(waiting, running):
-                if len(running) >= workers.jobs:
+            for name in _ready(waiting, running, deaths):
+                # After a crash its suspects run one at a time, so that the next one names the culprit.
+                alone = bool(running) and not deaths.isdisjoint((name, *running.values()))
+                if len(running) >= workers.jobs or alone:
                     break
                 task = waiting[name]
                 running[pool.submit(task, task.offers if name in needed else None)] = name
@@ -121,7 +124,7 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
                 try:
                     line = future.result()
                 except BrokenProcessPool:
-                    # Every task in flight is lost with the pool, the innocent too: each gets a second try.
+                    # Every task in flight is lost with the pool, the innocent too: each gets a second try, alone.
                     pool.restart_after(future)
                     if name not in deaths:
                         deaths.add(name)
@@ -138,7 +141,7 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
                 else:
                     outcome.done.append(name)
                     say(f"done   {name}: {line}")
-                    if name in stripped:
+                    if name in renewed:
                         again = _outdated(tasks, store, outcome)
                         waiting |= again
                         needed |= {need.name for task in again.values() for need in task.needs()}
@@ -153,12 +156,12 @@ def _outdated(tasks: list[Task], store: Store, outcome: Outcome) -> dict[str, Ta
     return again
 
 
-def _ready(waiting: dict[str, Task], running: dict[Future, str]) -> list[str]:
-    """Tasks whose needs are met, the longest first."""
+def _ready(waiting: dict[str, Task], running: dict[Future, str], deaths: set[str]) -> list[str]:
+    """Tasks whose needs are met: those whose process has died once, then the longest first."""
     busy = set(running.values())
     free = [name for name, task in waiting.items()
             if name not in busy and not any(needed.name in waiting for needed in task.needs())]
-    return sorted(free, key=lambda name: -cost(waiting[name]))
+    return sorted(free, key=lambda name: (name not in deaths, -cost(waiting[name])))
 
 
 def _drop_orphans(waiting: dict[str, Task], outcome: Outcome, say: Callable[[str], None]) -> None:
@@ -194,16 +197,23 @@ class _Pool:
                                                 (self.workers, devices, self.messages, os.getpid()))
 
     def submit(self, task: Task, holding: str | None) -> Future:
-        with single_threaded():
-            future = self.executor.submit(_run, task, holding)
+        try:
+            with single_threaded():
+                future = self.executor.submit(_run, task, holding)
+        except BrokenProcessPool:       # since the last look at it
+            self._restart()
+            return self.submit(task, holding)
         self.submitted.add(future)
         return future
 
     def restart_after(self, broken: Future) -> None:
         """Start anew, once for all the futures that broke together."""
         if broken in self.submitted:
-            self.executor.shutdown(wait=False, cancel_futures=True)
-            self._start()
+            self._restart()
+
+    def _restart(self) -> None:
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        self._start()
 
     def __exit__(self, kind: type | None, *_rest: object) -> None:
         if kind is not None:

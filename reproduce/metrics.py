@@ -16,6 +16,7 @@ Of a defense that detects (suspicion high = poisoned, flagged or not):
     FAR            share of the triggered ones that are not
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -41,6 +42,10 @@ class Predictions:
     def agreement(self, other: "Predictions") -> float:
         """Percent of the predicted labels that `other`, on the same test set, has too."""
         return 100 * float(np.mean(np.concatenate([self.clean == other.clean, self.triggered == other.triggered])))
+
+    def digest(self) -> str:
+        """SHA-256 of the predicted labels, in whatever integers they are."""
+        return hashlib.sha256(np.concatenate([self.clean, self.triggered]).astype("<i8").tobytes()).hexdigest()
 
     def hits(self) -> dict[str, np.ndarray]:
         """Per-sample success (bool) behind each metric."""

@@ -22,12 +22,13 @@ SHARED = ("poisoning.py", "defending.py", "rng.py")
 OF = {data.IMAGE: ("training.py", "data/augment.py"), data.TEXT: ("finetuning.py",)}
 
 
-def environment(task: Task, device: torch.device) -> dict[str, Any]:
-    """Versions, hardware, commit, and a hash of the source that made the run."""
+def environment(task: Task, device: torch.device, made_from: dict[str, str]) -> dict[str, Any]:
+    """Versions, hardware, commit, a hash of the source that made the run, and what it was made from: {name of a run it
+    needed: digest of that run's predictions}."""
     text = {"transformers": importlib.metadata.version("transformers")} \
         if data.modality(task.victim.dataset) == data.TEXT else {}
     return {**_machine(), **text, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(), "source": source_hash(task),
+            "threads": torch.get_num_threads(), "source": source_hash(task), "made_from": made_from,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 

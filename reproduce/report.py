@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from reproduce import claims
+from reproduce.cells import with_dependencies
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
 from reproduce.statistics import DRAWS
@@ -22,7 +23,7 @@ from tables.layout import legend
 
 STATUSES = ("done", "failed", "damaged", "missing")
 # Fields of environment.json that differ between runs of one machine and so do not tell environments apart.
-PER_RUN = ("source", "finished")
+PER_RUN = ("source", "finished", "made_from")
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,22 @@ def write_report(results: Results, profile: Profile, folder: Path, command: str)
 
 
 def _runs(results: Results) -> list[dict[str, Any]]:
-    """Every run of the protocol once: name, status, its places in the tables, seconds, and why it failed."""
+    """Every run of the protocol once, those included that others are made from: name, status, its places in the tables,
+    seconds, and why it failed."""
     found: dict[str, dict[str, Any]] = {}
+    for task in with_dependencies([entry.task for entry in results.entries]):
+        run, status = results.run(task), results.status(task.name)
+        lost = [need.name for need in task.needs() if found[need.name]["status"] == "failed"]
+        if status == "missing" and lost:
+            status, error = "failed", f"needs {lost[0]}, which failed"
+        else:
+            error = _last_line(results.store.failure(task.name) or "") if status == "failed" else ""
+        found[task.name] = {"name": task.name, "status": status, "items": [], "error": error,
+                            "seconds": run.json("metrics")["seconds"] if run else None,
+                            "environment": run.json("environment") if run else {}}
     for entry in results.entries:
-        name = entry.task.name
-        if name not in found:
-            run = results.run(entry.task)
-            status = results.status(name)
-            found[name] = {"name": name, "status": status, "items": [], "error": "",
-                           "seconds": run.json("metrics")["seconds"] if run else None,
-                           "environment": run.json("environment") if run else {}}
-            if status == "failed":
-                found[name]["error"] = _last_line(results.store.failure(name) or "")
         labels = " / ".join(str(value) for value in entry.labels.values())
-        found[name]["items"].append(f"{entry.item}: {labels}, seed {entry.task.seed}")
+        found[entry.task.name]["items"].append(f"{entry.item}: {labels}, seed {entry.task.seed}")
     return list(found.values())
 
 

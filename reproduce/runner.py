@@ -9,7 +9,7 @@ import torch
 
 from reproduce import data
 from reproduce.bench import Bench, Surroundings
-from reproduce.cells import Cell, Task
+from reproduce.cells import Cell, Task, Victim
 from reproduce.images import ImageBench
 from reproduce.metrics import Predictions
 from reproduce.provenance import environment
@@ -34,9 +34,9 @@ class Runner:
         """The finished run of `task`, computed if it is not there; what it needs is computed first.
 
         holding: tensors it must have. Where they were left out of it (`Store.adopt`) it is computed again, and keeps,
-        as `same_as_before`, the percentage of its predictions that are those of the run it replaces. Where these are
-        not all, as on another make of processor, the cells of the former run are set aside: one table must not compare
-        defenses of two victims.
+        as `same_as_before`, the percentage of its predictions that are those of the run it replaces. Runs made from a
+        former version that predicted otherwise, as on another make of processor, are set aside: one table must not
+        compare defenses of two victims.
         """
         run = self.store.find(task.name, holding)
         if run:
@@ -51,20 +51,28 @@ class Runner:
             try:
                 bench = self._bench(data.modality(task.victim.dataset))
                 outcome = bench.cell(task) if isinstance(task, Cell) else bench.victim(task.victim)
+                predictions = Predictions(**outcome.arrays["predictions"])
                 before = self.store.find(task.name)
                 if before:
-                    same = Predictions(**outcome.arrays["predictions"]).agreement(before.predictions())
-                    outcome.metrics["info"]["same_as_before"] = same
-                    # Before the new run is there: a kill in between must not leave another victim's cells beside it.
-                    outdated = self.store.outdate(task.name) if same < 100 else []
+                    same = outcome.metrics["info"]["same_as_before"] = predictions.agreement(before.predictions())
                     self.note(f"{task.name}: computed again, because its {holding}.safetensors had been left out; "
-                              f"{same:.2f} % of its predictions are as before" +
-                              (f", and the {len(outdated)} runs made from it are set aside" if outdated else ""))
-                return self.store.write(task.name, config=task.describe(), environment=environment(task, self.device),
+                              f"{same:.2f} % of its predictions are as before")
+                if holding or isinstance(task, Victim):     # others may have been made from it
+                    # Before the new run is there: a kill in between must not leave another victim's cells beside it.
+                    outdated = self.store.outdate(task.name, task.describe(), predictions)
+                    if outdated:
+                        self.note(f"{task.name}: {len(outdated)} runs made from a version of it that predicted "
+                                  "otherwise are set aside")
+                return self.store.write(task.name, config=task.describe(),
+                                        environment=environment(task, self.device, self._made_from(task)),
                                         **vars(outcome))
             except Exception:
                 self.store.fail(task.name, traceback.format_exc())
                 raise
+
+    def _made_from(self, task: Task) -> dict[str, str]:
+        needed = [self.store.find(need.name) for need in task.needs()]
+        return {run.name: run.predictions().digest() for run in needed if run}
 
     def _supply(self, task: Task) -> Run:
         return self.run(task, task.offers)

@@ -53,8 +53,12 @@ class Run:
     def name(self) -> str:
         return self.path.name
 
+    def files(self) -> set[str]:
+        """Names of the files that its checksums vouch for."""
+        return set(self.json("manifest"))
+
     def json(self, name: str) -> dict[str, Any]:
-        """config, environment or metrics."""
+        """config, environment, metrics or manifest."""
         return json.loads((self.path / f"{name}.json").read_text())
 
     def history(self) -> list[dict[str, Any]]:
@@ -92,9 +96,9 @@ class Store:
 
     def find(self, name: str, holding: str | None = None) -> Run | None:
         """The run, if it is finished and matches its checksums; `holding`: and if it has these tensors."""
-        path = self.root / "runs" / name
-        whole = path.is_dir() and damage(path) is None
-        return Run(path) if whole and (holding is None or (path / f"{holding}.safetensors").exists()) else None
+        run = Run(self.root / "runs" / name)
+        whole = run.path.is_dir() and damage(run.path) is None
+        return run if whole and (holding is None or f"{holding}.safetensors" in run.files()) else None
 
     def names(self) -> list[str]:
         """All runs that are there, whole or damaged."""
@@ -124,14 +128,27 @@ class Store:
         self._move(path, "damaged")
         return reason
 
-    def outdate(self, name: str) -> list[str]:
-        """Move the cells of a victim that is about to be replaced out of the way, and name them."""
-        victim = Run(self.root / "runs" / name).json("config")
-        whole = [run for other in self.names() if (run := self.find(other))]
-        cells = [run for run in whole if run.json("config").get("victim") == victim]
-        for run in cells:
-            self._move(run.path, "replaced")
-        return [run.name for run in cells]
+    def outdate(self, name: str, config: dict[str, Any], predictions: Predictions) -> list[str]:
+        """Move the runs that were made from another version of a run out of the way, and name them: those of a victim
+        that predicts otherwise. config, predictions: of the version that is to stand.
+
+        Runs say in environment.json, as `made_from`, what the runs they needed predicted. The cells of older ones that
+        do not say are kept only if the version that is there predicts the same.
+        """
+        there = self.find(name)
+        same = there is not None and there.predictions().digest() == predictions.digest()
+        moved = []
+        for other in self.names():
+            run = Run(self.root / "runs" / other)
+            # Another process may move it meanwhile; a damaged one is computed again anyway.
+            with contextlib.suppress(OSError, ValueError):
+                made_from = run.json("environment").get("made_from")
+                stale = run.json("config").get("victim") == config and not same if made_from is None \
+                    else made_from.get(name, predictions.digest()) != predictions.digest()
+                if stale:
+                    self._move(run.path, "replaced")
+                    moved.append(other)
+        return moved
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -162,14 +179,21 @@ class Store:
         return Run(target)
 
     def adopt(self, run: Run, leave_out: tuple[str, ...] = ()) -> None:
-        """Copy a verified run of another store into this one, without the files named."""
-        if self.find(run.name):
+        """Copy a verified run of another store into this one, without the files named, unless it is there already.
+
+        One that is there and predicts otherwise is replaced, and what was made from it set aside.
+        """
+        wanted = run.files() - {*leave_out}
+        there = self.find(run.name)
+        same = there is not None and there.predictions().digest() == run.predictions().digest()
+        if same and wanted <= there.files():
             return
         self.set_aside(run.name)
+        if not same:
+            self.outdate(run.name, run.json("config"), run.predictions())
         partial = self._partial(run.name)
-        for path in run.path.iterdir():
-            if path.name not in ("manifest.json", "done", *leave_out):
-                shutil.copyfile(path, partial / path.name)
+        for name in wanted:
+            shutil.copyfile(run.path / name, partial / name)
         self._publish(partial, run.name)
 
     def _partial(self, name: str) -> Path:
@@ -201,8 +225,9 @@ class Store:
     def sweep(self) -> None:
         """Remove what killed processes left half-written more than a day ago."""
         for path in (self.root / "partial").glob("*"):
-            if time.time() - path.stat().st_mtime > 86400:
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):    # finished, or swept by another process
+                if time.time() - path.stat().st_mtime > 86400:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 class Progress:
@@ -243,7 +268,7 @@ class Progress:
 def damage(path: Path) -> str | None:
     """What is wrong with a run folder, None if every file is there and matches its checksum."""
     try:
-        if (path / "done").read_text().strip() != _sha256(path / "manifest.json"):
+        if (path / "done").read_bytes().strip() != _sha256(path / "manifest.json").encode():
             return "manifest.json does not match its checksum"
         manifest = json.loads((path / "manifest.json").read_text())
         for name, digest in manifest.items():
@@ -251,6 +276,8 @@ def damage(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
     return None
 
 

@@ -34,6 +34,16 @@ class Stub(Task):
     def name(self) -> str:
         return f"{self.title}-s{self.seed}"
 
+    def needs(self) -> list[Task]:
+        return []
+
+
+class Made(Victim):
+    """A victim of an attack that does not exist."""
+
+    def needs(self) -> list[Task]:
+        return []
+
 
 def predictions(acc: float, asr: float, seed: int, count: int = 400) -> Predictions:
     """`count` test images of which about `acc` percent are right and about `asr` percent get the target label."""
@@ -92,7 +102,7 @@ def results(root: Path, seeds: int = 2, full: bool = True) -> Results:
             do: bool = True) -> None:
         title = "-".join([item, *labels.values()]).replace(" ", "").replace("/", "")
         # Figures look for victims by type.
-        task = Victim("digits", "wrn-10-1", Recipe(1, ((0, 0.1),)), seed, title) if labels.get("defense") == "Before" \
+        task = Made("digits", "wrn-10-1", Recipe(1, ((0, 0.1),)), seed, title) if labels.get("defense") == "Before" \
             else Stub(title, seed)
         entries.append(Entry("nad", item, labels, task))
         noise = np.random.default_rng([seed, len(entries)])

@@ -89,6 +89,14 @@ def test_every_item_has_its_figure(results: Results, tmp_path: Path) -> None:
     assert figures.figures(Results(Store(Path("nowhere")), [])) == []
 
 
+def test_every_variant_that_ran_has_its_mark(results: Results) -> None:
+    data = next(figure for figure in figures.figures(results, smoke=True) if figure.name == f"{PAPER}-trade-off").data
+    names = set(data.series)
+    for name in (METHOD, NO_PRUNING):       # the released settings fine-tune otherwise
+        assert {f"{name}, described", f"{name}, released"} <= names and name not in names
+    assert {RANDOM, "ANP", "Before"} <= names, "the same runs in both"
+
+
 def test_carriers_are_the_maps_that_the_trigger_moves_most(results: Results) -> None:
     data = next(table for table in tables.tables(results) if table.name == f"{PAPER}-carriers").data
     shares = data.groupby("defense").hits.mean()

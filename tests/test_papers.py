@@ -139,6 +139,6 @@ def test_up_to_is_reached_or_ruled_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("paper", ["mcldef", "cross"])
 def test_attackers_who_poison_each_batch_see_images_in_a_new_order(paper: str) -> None:
-    shuffled = {entry.labels["attack"]: entry.task.victim.recipe.shuffle for entry in entries(PROFILES["paper"], [paper])
-                if entry.item == "main"}
+    found = [entry for entry in entries(PROFILES["paper"], [paper]) if entry.item == "main"]
+    shuffled = {entry.labels["attack"]: entry.task.victim.recipe.shuffle for entry in found}
     assert shuffled["WaNet"] and shuffled["Input-aware"] and not shuffled["BadNets"]

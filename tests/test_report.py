@@ -8,8 +8,10 @@ import pytest
 
 from reproduce import cli
 from reproduce.protocols import PROFILES
+from reproduce.protocols import entries as protocol_entries
 from reproduce.report import ReportSummary, write_report
 from reproduce.results import Results
+from reproduce.store import Store
 from tests.synthetic import results
 
 COMMAND = "./run_all.sh --profile quick <&>"
@@ -65,6 +67,18 @@ def test_page_names_gaps_profile_and_command(summary: ReportSummary) -> None:
     assert "ValueError: no &lt;such&gt; layer" in page and "main-CL-MCR-described-s0" in page
     assert "./run_all.sh --profile quick &lt;&amp;&gt;" in page
     assert "Smoke scale" in page and "embedded digits" in page and "2026-01-01T00:00:00Z" in page
+
+
+def test_a_failed_run_that_others_need_is_shown_with_what_it_took_along(tmp_path: Path) -> None:
+    entries = [entry for entry in protocol_entries(PROFILES["quick"], ["nad"], ["main"])
+               if entry.labels["attack"] == "CL" and entry.task.seed == 0]
+    found = Results(Store(tmp_path), entries)
+    clean = entries[0].task.clean()
+    found.store.fail(clean.name, "Traceback\nRuntimeError: no memory\n")
+    summary = write_report(found, PROFILES["quick"], tmp_path, COMMAND)
+    assert summary.failed == len({entry.task.name for entry in entries}) + 1 and summary.missing == 0
+    page = summary.page.read_text()
+    assert "RuntimeError: no memory" in page and f"needs {clean.name}, which failed" in page
 
 
 def test_files_are_written(summary: ReportSummary) -> None:

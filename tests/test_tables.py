@@ -13,6 +13,7 @@ from reproduce.metrics import wilson
 from reproduce.protocols import PROFILES, Entry, mcldef
 from reproduce.results import Results
 from reproduce.store import Store
+from tables import mcldef as mcldef_tables
 from tables import nad, render
 from tables.layout import PUBLISHED, estimate
 from tests.synthetic import Stub, results, write_run
@@ -130,6 +131,28 @@ def test_before_is_never_marked(tables: dict[str, render.Table]) -> None:
     for row in best.itertuples():
         others = data[(data.attack == row.attack) & (data.measure == "asr") & (data.defense != "Before")]
         assert row.mean == others["mean"].min()
+
+
+def test_a_victim_in_a_table_of_one_factor_is_not_marked_either(tmp_path: Path) -> None:
+    store, entries = Store(tmp_path), []
+    for threshold, labels, asr in (("none: the victim", {"defense": "Before"}, 10), ("a", {}, 60), ("b", {}, 90)):
+        entries.append(Entry("mcldef", "anp-threshold", {"attack": "BadNets", "threshold": threshold, **labels},
+                             Stub(threshold.replace(" ", ""), 0)))
+        write_run(store, entries[-1].task, 80, asr, len(entries))
+    data = next(table for table in mcldef_tables.tables(Results(store, entries))
+                if table.name == "mcldef-anp-threshold").data
+    marks = data[data.measure == "asr"].set_index("threshold")["mark"].to_dict()
+    assert marks == {"none: the victim": "", "a": render.BEST, "b": ""}
+
+
+def test_rows_that_share_no_seed_are_not_called_worse(tmp_path: Path) -> None:
+    store, entries = Store(tmp_path), []
+    for defense, seed, asr in (("Before", 0, 99), ("Before", 1, 99), ("FT", 0, 40), ("NAD", 1, 5)):
+        labels = {"attack": "BadNets", "defense": defense, "variant": "-" if defense == "Before" else "described"}
+        entries.append(Entry("nad", "main", labels, Stub(f"BadNets-{defense}", seed)))
+        write_run(store, entries[-1].task, 85, asr, len(entries))
+    data = next(table for table in nad.tables(Results(store, entries)) if table.name == "nad-main").data
+    assert set(data.mark) == {""}
 
 
 def test_averages_use_common_pairs_only(tables: dict[str, render.Table]) -> None:

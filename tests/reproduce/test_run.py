@@ -1,11 +1,15 @@
 """The driver as its users run it: whole, killed, twice at once, damaged, failing, and with bad arguments."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +19,8 @@ import torch
 
 from attacks import badnets
 from defenses import ft, mcldef
-from reproduce.cells import Cell, Victim
+from reproduce import engine
+from reproduce.cells import Cell, Task, Victim
 from reproduce.engine import Workers, execute, unfinished
 from reproduce.runner import Runner
 from reproduce.store import Store
@@ -83,14 +88,17 @@ def test_killed_and_resumed_gives_the_same_bytes(undisturbed: Path, tmp_path: Pa
 def test_nothing_goes_on_after_the_driver_is_killed(tmp_path: Path) -> None:
     process = start(tmp_path)
     wait_for(lambda: any(tmp_path.glob("progress/victim*")), process)
+
+    def listed(*which: str) -> str:
+        return subprocess.run(["ps", "-o", "stat=", *which], capture_output=True, text=True).stdout
+
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True,
+                              check=True).stdout.split()
+    assert len(children) >= 2, "its workers"
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    time.sleep(2)
-    alive = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    before = sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.glob("progress/*"))
-    time.sleep(2)
-    assert sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.glob("progress/*")) == before
-    assert str(tmp_path) not in alive
+    time.sleep(3)
+    assert not listed("-p", ",".join(children)).replace("Z", "").strip("\n <sNl+")
 
 
 def test_again_computes_nothing(undisturbed: Path) -> None:
@@ -101,9 +109,10 @@ def test_again_computes_nothing(undisturbed: Path) -> None:
 
 
 def test_two_at_once_share_the_work(undisturbed: Path, tmp_path: Path) -> None:
-    both = [start(tmp_path, "--jobs", "1") for _ in range(2)]
-    assert [finish(process)[0] for process in both] == [0, 0]
+    both = [finish(process) for process in [start(tmp_path, "--jobs", "1") for _ in range(2)]]
+    assert [code for code, _out, _err in both] == [0, 0]
     assert published(tmp_path) == published(undisturbed)
+    assert not (tmp_path / "replaced").exists(), "nothing was computed twice"
 
 
 def test_a_damaged_run_is_named_and_computed_again(undisturbed: Path) -> None:
@@ -177,22 +186,72 @@ def test_cells_of_a_victim_that_came_out_otherwise_are_computed_again(tmp_path: 
     tasks, workers = [victim, other, cell, elsewhere, another], Workers(tmp_path / "whole", tmp_path, 1)
     execute(tasks, workers, lambda line: None)
     whole, published = Store(tmp_path / "whole"), Store(tmp_path / "published")
-    for task in (other, cell, elsewhere):
+    for task in (victim, other, cell, elsewhere):
         published.adopt(whole.find(task.name), ("model.safetensors",))
-    run = whole.find(victim.name)
-    with np.load(run.path / "predictions.npz") as archive:
-        arrays = dict(archive)
-    arrays["clean"][:1] += 1        # as another processor might have it
-    published.write(victim.name, config=run.json("config"), environment={}, metrics=run.json("metrics"), history=[],
-                    arrays={"predictions": arrays}, tensors={})
-    former = published.find(cell.name).path / "done"
-    before = former.stat().st_ino
+    told = published.find(cell.name)
+    assert list(told.json("environment")["made_from"]) == [victim.name]
+    # As if made from a victim that another processor trained.
+    published.write(cell.name, config=told.json("config"), environment={"made_from": {victim.name: "otherwise"}},
+                    metrics=told.json("metrics"), history=[], arrays={"predictions": told.arrays("predictions")},
+                    tensors={})
     outcome = execute(tasks, Workers(published.root, tmp_path, 1), lambda line: None)
     assert sorted(outcome.done) == sorted([victim.name, cell.name, another.name]) and not outcome.failed
     assert outcome.reused == [other.name, elsewhere.name], "made from another victim"
-    assert former.stat().st_ino != before and len(list((published.root / "replaced").iterdir())) == 2
+    assert published.find(cell.name).json("environment")["made_from"] == told.json("environment")["made_from"]
     assert (published.find(cell.name).path / "predictions.npz").read_bytes() == (
         whole.find(cell.name).path / "predictions.npz").read_bytes()
+
+
+def test_what_crashes_takes_nothing_else_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks were in flight when a process died: each is tried alone, and only the culprit fails."""
+    recipe = Recipe(epochs=1, rates=((0, 0.1),))
+    culprit, innocent = (Victim("digits", "wrn-10-1", recipe, seed, "badnets", badnets.Config()) for seed in (0, 1))
+    pool = Breaking({culprit.name})
+    monkeypatch.setattr(engine, "_Pool", lambda workers: pool)
+    outcome = execute([culprit, innocent], Workers(tmp_path, tmp_path, 2), lambda line: None)
+    assert outcome.done == [innocent.name] and list(outcome.failed) == [culprit.name]
+    assert "died twice" in outcome.failed[culprit.name] and pool.together == [2, 1, 1]
+
+
+class Breaking:
+    """A pool whose processes die of some tasks, and with one all in flight; together: how many were, each time."""
+
+    def __init__(self, deadly: set[str]) -> None:
+        self.deadly, self.flying, self.together, self.messages = deadly, [], [], queue.Queue()
+
+    def __enter__(self) -> "Breaking":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, task: Task, holding: str | None) -> Future:
+        future: Future = Future()
+        self.flying.append((task, future))
+        threading.Timer(0.2, self._land).start()
+        return future
+
+    def _land(self) -> None:
+        landing, self.flying = self.flying, []
+        if landing:
+            self.together.append(len(landing))
+        broken = any(task.name in self.deadly for task, _future in landing)
+        for _task, future in landing:
+            future.set_exception(BrokenProcessPool()) if broken else future.set_result("")
+
+    def restart_after(self, broken: Future) -> None:
+        pass
+
+
+def test_a_pool_that_broke_since_the_last_look_is_started_anew(tmp_path: Path) -> None:
+    task = Victim("digits", "wrn-10-1", Recipe(epochs=1, rates=((0, 0.1),)), 0, "badnets", badnets.Config())
+    with engine._Pool(Workers(tmp_path, tmp_path, 1)) as pool:
+        pool.executor.submit(os.getpid).result()
+        for process in pool.executor._processes.values():
+            process.kill()
+            process.join()
+        time.sleep(0.5)
+        assert "ACC" in pool.submit(task, None).result(timeout=120)
 
 
 def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Run folders: whole or not at all, checksummed, safe to load."""
 
 import multiprocessing
+import shutil
 import time
 from pathlib import Path
 
@@ -11,10 +12,15 @@ import torch
 from reproduce.store import Run, Store, damage
 
 
-def write(store: Store, name: str = "run") -> Run:
+def write(store: Store, name: str = "run", first: int = 0, config: dict | None = None,
+          made_from: dict[str, str] | None = None) -> Run:
+    """A run of four samples. first: the first prediction; made_from: None as in runs of before it was recorded."""
     predictions = {key: np.arange(4) for key in ("labels", "clean", "index", "wanted", "triggered")}
-    return store.write(name, config={"a": 1}, environment={}, metrics={"acc": 1.0}, history=[{"epoch": 1}],
-                       arrays={"predictions": predictions}, tensors={"model": {"w": torch.ones(2, 3)}})
+    predictions["clean"] = np.array([first, 1, 2, 3])
+    environment = {} if made_from is None else {"made_from": made_from}
+    return store.write(name, config=config or {"a": 1}, environment=environment, metrics={"acc": 1.0},
+                       history=[{"epoch": 1}], arrays={"predictions": predictions},
+                       tensors={"model": {"w": torch.ones(2, 3)}})
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
@@ -28,21 +34,22 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert not list((tmp_path / "partial").iterdir())
 
 
-@pytest.mark.parametrize("file", ["metrics.json", "predictions.npz", "model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("file", ["metrics.json", "predictions.npz", "model.safetensors", "manifest.json",
+                                  "done"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
 def test_any_damage_is_noticed_named_and_set_aside(tmp_path: Path, file: str, harm: str) -> None:
     store = Store(tmp_path)
     path = write(store).path / file
     content = bytearray(path.read_bytes())
     if harm == "flip":
-        content[len(content) // 2] ^= 1
+        content[len(content) // 2] ^= 0x80
         path.write_bytes(content)
     elif harm == "cut":
-        path.write_bytes(content[:-1])
+        path.write_bytes(content[:-2])
     else:
         path.unlink()
     assert store.find("run") is None and store.status("run") == "damaged"
-    assert file in store.set_aside("run")
+    assert (file if file != "done" or harm == "delete" else "manifest.json") in store.set_aside("run")
     assert store.status("run") == "missing" and len(list((tmp_path / "damaged").iterdir())) == 1
 
 
@@ -93,7 +100,9 @@ def test_a_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path: Path
 def test_a_run_adopted_without_its_weights_is_whole(tmp_path: Path) -> None:
     run, copy = write(Store(tmp_path / "a")), Store(tmp_path / "b")
     copy.adopt(run, ("model.safetensors",))
-    copy.adopt(run)  # already there: left alone
+    inode = (tmp_path / "b" / "runs" / "run").stat().st_ino
+    copy.adopt(run, ("model.safetensors",))
+    assert (tmp_path / "b" / "runs" / "run").stat().st_ino == inode, "already there: left alone"
     found = copy.find("run")
     assert found.json("config") == {"a": 1} and not (found.path / "model.safetensors").exists()
 
@@ -105,3 +114,44 @@ def test_a_run_without_its_weights_is_replaced_by_one_that_has_them(tmp_path: Pa
     write(store)
     assert store.find("run", "model") and store.find("run", "defense") is None
     assert [path.name[:4] for path in (tmp_path / "b" / "replaced").iterdir()] == ["run-"]
+
+
+def test_tensors_that_the_checksums_do_not_know_are_not_there(tmp_path: Path) -> None:
+    store = Store(tmp_path / "b")
+    store.adopt(write(Store(tmp_path / "a")), ("model.safetensors",))
+    (tmp_path / "b" / "runs" / "run" / "model.safetensors").write_bytes(b"anything")
+    assert store.find("run") and store.find("run", "model") is None
+
+
+@pytest.mark.parametrize("there", ["whole", "damaged", "gone"])
+def test_what_was_made_from_a_run_that_predicted_otherwise_is_moved_aside(tmp_path: Path, there: str) -> None:
+    store = Store(tmp_path)
+    config = {"kind": "victim"}
+    former = write(store, "victim", config=config).predictions()
+    renewed = write(Store(tmp_path / "elsewhere"), first=3).predictions()
+    cell = {"kind": "cell", "victim": config}
+    write(store, "cell-same", config=cell, made_from={"victim": former.digest()})
+    write(store, "cell-new", config=cell, made_from={"victim": renewed.digest()})
+    write(store, "cell-silent", config=cell)
+    write(store, "cell-elsewhere", config={"kind": "cell", "victim": {"kind": "another"}}, made_from={"other": "x"})
+    write(store, "cell-elsewhere-silent", config={"kind": "cell", "victim": {"kind": "another"}})
+    if there == "damaged":
+        (tmp_path / "runs" / "victim" / "done").write_text("?")
+    elif there == "gone":
+        shutil.rmtree(tmp_path / "runs" / "victim")
+    # The same again: only a cell that does not say what it was made from is in doubt, where nothing is left to tell.
+    doubtful = [] if there == "whole" else ["cell-silent"]
+    assert store.outdate("victim", config, former) == sorted(["cell-new", *doubtful])
+    assert store.outdate("victim", config, renewed) == sorted(["cell-same", *([] if doubtful else ["cell-silent"])])
+    assert [name for name in store.names() if name != "victim"] == ["cell-elsewhere", "cell-elsewhere-silent"]
+
+
+def test_a_run_adopted_again_is_the_one_that_is_adopted(tmp_path: Path) -> None:
+    source, target = Store(tmp_path / "a"), Store(tmp_path / "b")
+    target.adopt(write(source, "victim", config={"kind": "victim"}), ("model.safetensors",))
+    victim = target.find("victim")
+    write(target, "cell", config={"kind": "cell"}, made_from={"victim": victim.predictions().digest()})
+    target.adopt(source.find("victim"))
+    assert target.find("victim", "model") and target.find("cell"), "with its weights this time"
+    target.adopt(write(source, "victim", first=3, config={"kind": "victim"}), ("model.safetensors",))
+    assert target.find("victim").predictions().clean[0] == 3 and target.find("cell") is None
