@@ -250,5 +250,6 @@ def swept(results: Results, factor: Factor) -> Figure | None:
     places = [value.removesuffix(" %") for value in values]
     shown = data.assign(place=data[x].map(dict(zip(values, places, strict=True))))
     return Figure(factor.item, f"BadActs: {factor.name}", f"{factor.on}. {factor.caption} Not to scale. {BARS} "
-                  f"(AUROC with one seed: Hanley and McNeil's.) {seeds(data)}.", lambda: lines(shown, "place", "defense", measures, label, places),
-                  data.drop(columns="order"), seeds(data))
+                  f"(AUROC with one seed: Hanley and McNeil's.) {seeds(data)}.",
+                  lambda: lines(shown, "place", "defense", measures, label, places), data.drop(columns="order"),
+                  seeds(data))
