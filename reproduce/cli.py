@@ -5,6 +5,7 @@ A wrong argument, file or configuration is one line on stderr and exit code 2. A
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -44,9 +45,17 @@ class Commands(click.Group):
     def main(self, *arguments: Any, **options: Any) -> Any:
         try:
             code = super().main(*arguments, **{**options, "standalone_mode": False})
+        except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:     # since click 8.2
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         except (UserError, click.ClickException) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
             click.echo(f"error: {' '.join(message.split())}", err=True)
+            sys.exit(2)
+        except OSError as error:
+            # A full disk, or a reader that went away: nothing more can be said there, not even by Python at its end.
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(2)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted: finished runs are kept; the same command goes on from here", err=True)
@@ -145,7 +154,7 @@ def run(data_root: Path | None, device: str, jobs: int | None, graph: bool, dry_
         return 0
     root = data.data_root(data_root)
     check_data(tasks, root)
-    _check_writable(folder)
+    _check_writable(folder, "--results")
     results.store.sweep()
     started = time.monotonic()
     outcome = execute(tasks, Workers(folder, root, jobs, devices), lambda line: click.echo(line, err=True))
@@ -160,7 +169,8 @@ def report(**selected: Any) -> int:
     """Write tables, figures, claims and report from the runs that are there; computes nothing."""
     selection = Selection(**selected)
     results = Results(Store(selection.place), selection.entries(selection.profile))
-    _check_writable(selection.place)
+    _check_holds_runs(results)
+    _check_writable(selection.place, "--results")
     return _report(results, selection.profile, selection.place)
 
 
@@ -186,7 +196,8 @@ def export(into: Path, no_weights: bool, **selected: Any) -> int:
     selection = Selection(**selected)
     profile = selection.profile
     results = Results(Store(selection.place), selection.entries(profile))
-    _check_writable(into)
+    _check_holds_runs(results)
+    _check_writable(into, "--into")
     for task in with_dependencies([entry.task for entry in results.entries]):
         found = results.store.find(task.name)
         if found:
@@ -251,13 +262,25 @@ def _portable(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _check_writable(folder: Path) -> None:
+def _check_holds_runs(results: Results) -> None:
+    """A report of nothing would take the place of the one that is there."""
+    store = results.store
+    there = {*store.names(), *store.failures()}
+    if not there:
+        raise UserError(f"{store.root} holds no runs: name the --results folder of a run_all.sh")
+    tasks = with_dependencies([entry.task for entry in results.entries])
+    if there.isdisjoint(task.name for task in tasks):
+        raise UserError(f"none of the {len(there)} runs in {store.root} is one of these {len(tasks)}: name the "
+                        "--profile, --paper, --item, --encoder and --precision that they were made with")
+
+
+def _check_writable(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise UserError(f"--results {folder} cannot be written ({error.strerror}); name another folder") from error
+        raise UserError(f"{option} {folder} cannot be written ({error.strerror}); name another folder") from error
 
 
 def _duration(seconds: float) -> str:
@@ -265,6 +288,16 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds} s"
     return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+class Finite(click.FloatRange):
+    """A number in a range; "nan", which compares with nothing, and "inf" are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        number = super().convert(value, param, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, context)
+        return number
 
 
 SUSPECT = options(
@@ -301,13 +334,13 @@ def evaluate(as_json: bool, **suspect: Any) -> None:
 @SUSPECT
 @click.option("--defense", required=True, help="ft, fp, mcr, nad, ...")
 @click.option("--defense-variant", help="Settings of the defense; default: as --variant.")
-@click.option("--clean-fraction", type=click.FloatRange(0, 1, min_open=True),
+@click.option("--clean-fraction", type=Finite(0, 1, min_open=True),
               help="Share of the clean training images, default 0.05 (of --images: all are used), or of the validation "
                    "sentences, default 1.")
 @click.option("--images", type=click.Path(path_type=Path), help="Your own clean images, one sub-folder per class, "
               "in place of the data set's.")
 @click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
-              help="Where the repaired weights go (.safetensors).")
+              help="Where the repaired weights go, or what a defense of texts keeps (.safetensors).")
 def defend(as_json: bool, defense: str, defense_variant: str | None, clean_fraction: float, images: Path | None,
            output: Path, **suspect: Any) -> None:
     """Repair a checkpoint of your own with a few clean images or sentences, and say what that did."""
@@ -323,9 +356,9 @@ def defend(as_json: bool, defense: str, defense_variant: str | None, clean_fract
 @click.option("--input", required=True, type=click.Path(path_type=Path), help="Sentences to look at, a line each.")
 @click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
               help="One JSON object per sentence goes here (.jsonl).")
-@click.option("--frr", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2, show_default=True,
+@click.option("--frr", type=Finite(0, 1, min_open=True, max_open=True), default=0.2, show_default=True,
               help="Share of clean sentences that may be flagged.")
-@click.option("--deviations", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
+@click.option("--deviations", type=Finite(0, min_open=True), default=3.0, show_default=True,
               help="An activation further from its mean than so many standard deviations is abnormal.")
 @click.option("--epochs", type=click.IntRange(1), default=50, show_default=True, help="Of the search for intervals.")
 @click.option("--truncate", is_flag=True, help="Cut sentences that are too long for the model.")

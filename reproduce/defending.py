@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reproduce.data.texts import Texts
+from reproduce.errors import UserError
 from reproduce.models.encoder import LayerHook, TextClassifier
 from reproduce.plugins import load_plugin
 from reproduce.rng import generator
@@ -115,7 +115,7 @@ def clean_texts(validation: Texts, fraction: float, seed: int) -> Texts:
 
 def defense_module(name: str) -> ModuleType:
     """The module `defenses.<name>`; raises UserError listing the defenses for an unknown name."""
-    return load_plugin("defenses", name, Path(__file__).parent.parent / "defenses")
+    return load_plugin("defenses", name)
 
 
 def clean_subset(images: Tensor, labels: Tensor, fraction: float, seed: int, num_classes: int) -> Clean:
@@ -129,7 +129,12 @@ def clean_subset(images: Tensor, labels: Tensor, fraction: float, seed: int, num
 
 
 def split_validation(clean: Clean, share: float, seed: int) -> tuple[Clean, Clean]:
-    """(training part, validation part) of the defender's own data, for choices that may not use test data."""
+    """(training part, validation part) of the defender's own data, for choices that may not use test data.
+
+    Raises UserError for fewer than two images.
+    """
+    if len(clean.images) < 2:
+        raise UserError("this defense holds clean images out to choose by: one is too few, give it more")
     order = torch.randperm(len(clean.images), generator=generator(seed, "validation"))
     cut = max(1, round(share * len(order)))
     parts = order[cut:].sort().values, order[:cut].sort().values

@@ -8,7 +8,6 @@ Label rules (`Config.labels`):
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -58,7 +57,7 @@ class Poisoned:
 
 def attack_module(name: str) -> ModuleType:
     """The module `attacks.<name>`; raises UserError listing the attacks for an unknown name."""
-    return load_plugin("attacks", name, Path(__file__).parent.parent / "attacks")
+    return load_plugin("attacks", name)
 
 
 def poison_with_trigger(images: Tensor, labels: Tensor, config: Any, seed: int, num_classes: int,

@@ -13,7 +13,7 @@ from reproduce.data.texts import Texts
 from reproduce.errors import UserError
 from reproduce.models import encoder
 from reproduce.models.encoder import TextClassifier
-from reproduce.repair import usable_devices
+from reproduce.repair import check_output, usable_devices
 from reproduce.repair_texts import FEWEST, PAPER
 from reproduce.training import Observer, silent
 
@@ -41,8 +41,7 @@ def purify(wanted: Purification, observe: Observer = silent) -> dict[str, Any]:
     label_after: the purified label of a flagged sentence, else label_before. The totals' clean_acc_after is that on the
     sentences the search has seen, so it flatters.
     """
-    if not wanted.output.parent.is_dir():
-        raise UserError(f"--output {wanted.output}: the folder {wanted.output.parent} does not exist")
+    check_output(wanted.output, [wanted.clean, wanted.input])
     if not wanted.checkpoint.is_dir():
         raise UserError(f"--checkpoint {wanted.checkpoint} is no folder: name one as save_pretrained writes it, with "
                         "the tokenizer's files")
@@ -51,11 +50,11 @@ def purify(wanted: Purification, observe: Observer = silent) -> dict[str, Any]:
     labels = dict(getattr(model.network.config, "label2id", None) or {})
     clean = read_labelled(wanted.clean, model.num_classes, labels)
     sentences = read_sentences(wanted.input)
-    for path, texts in ((wanted.clean, clean.texts), (wanted.input, sentences)):
-        _check_lengths(path, texts, model, wanted.truncate)
     if len(clean) < FEWEST:
         raise UserError(f"--clean {wanted.clean} has {len(clean)} sentences: {FEWEST} are the fewest, some hundreds "
                         "are better")
+    for path, texts in ((wanted.clean, clean.texts), (wanted.input, sentences)):
+        _check_lengths(path, texts, model, wanted.truncate)
     config = dataclasses.replace(badacts.SETTINGS[PAPER, "detect-then-purify"], frr=wanted.frr,
                                  deviations=wanted.deviations, epochs=wanted.epochs)
     before = model.logits(clean.texts).argmax(1)
@@ -92,9 +91,9 @@ def read_labelled(path: Path, num_classes: int, names: dict[str, int]) -> Texts:
             continue
         if not tab:
             raise UserError(f"line {number} of {path} has no tab: each line is a sentence, a tab, and its label")
-        value = names.get(label.strip(), int(label) if label.strip().isdigit() else -1)
+        value = names.get(label.strip(), _number(label))
         if not 0 <= value < num_classes:
-            raise UserError(f"line {number} of {path} has label {label.strip()!r}: the model knows 0 to "
+            raise UserError(f"line {number} of {path} has label {label.strip()[:40]!r}: the model knows 0 to "
                             f"{num_classes - 1}{_known(names)}")
         texts.append(_sentence(text, number, path))
         labels.append(value)
@@ -108,10 +107,16 @@ def read_sentences(path: Path) -> list[str]:
         text, tab, label = line.rpartition("\t")
         if number == 1 and line.strip().lower() in ("text", "text\tlabel", "sentence", "sentence\tlabel"):
             continue
-        found.append(_sentence(text if tab and label.strip().isdigit() else line, number, path))
+        found.append(_sentence(text if tab and _number(label) >= 0 else line, number, path))
     if not found:
         raise UserError(f"{path} holds no sentence")
     return found
+
+
+def _number(label: str) -> int:
+    """The label, if it is one in few enough digits; -1 otherwise."""
+    digits = label.strip()
+    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else -1
 
 
 def _known(names: dict[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from reproduce.evaluation import TestSet, evaluate
 from reproduce.images import prepare, triggered_test_set
 from reproduce.metrics import metrics
 from reproduce.models.checkpoints import load_checkpoint
-from reproduce.plugins import settings_of
+from reproduce.plugins import plugins, settings_of
 from reproduce.poisoning import attack_module
 
 CLEAN_FRACTION = 0.05   # of the training images
@@ -70,6 +71,7 @@ class Repair:
 
 def evaluate_suspect(suspect: Suspect) -> dict[str, Any]:
     """acc, acc_nontarget, asr, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
+    _check_alone(suspect)
     if suspect.target is not None and suspect.attack is None:
         raise UserError(TARGET_ALONE)
     loaded = data.load(suspect.dataset, suspect.root)
@@ -79,7 +81,10 @@ def evaluate_suspect(suspect: Suspect) -> dict[str, Any]:
 
 def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     """Write the repaired weights; `before` and `after` as `evaluate_suspect`, and the seconds the defense took."""
-    check_output(repair.output)
+    check_weights_output(repair.output, suspect)
+    _check_alone(suspect)
+    if repair.images and repair.clean_fraction is not None:
+        raise UserError("--clean-fraction is a share of the data set's images, of --images all are used: leave one out")
     module = defense_module(repair.defense)
     check_modality(f"defense {repair.defense}", module, suspect.dataset)
     config = _defense_settings(repair, module, suspect)
@@ -99,6 +104,20 @@ def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
             "clean_images": len(clean.images), "info": defended.info, "output": str(repair.output)}
 
 
+def _check_alone(suspect: Suspect) -> None:
+    if suspect.trigger and suspect.attack is None:
+        raise UserError("--trigger without --attack tests nothing; name the attack")
+    check_paper(suspect.paper)
+
+
+def check_paper(paper: str) -> None:
+    """UserError for a paper that no attack and no defense has settings of."""
+    known = {named for package in ("attacks", "defenses") for module in plugins(package)
+             for named, _variant in module.SETTINGS}
+    if paper not in known:
+        raise UserError(f"unknown --paper {paper}: choose one of {', '.join(sorted(known))}")
+
+
 def check_modality(what: str, module: ModuleType, dataset: str) -> None:
     """UserError where an attack or a defense is for other things than the data set holds."""
     made_for, held = getattr(module, "MODALITY", data.IMAGE), data.modality(dataset)
@@ -106,12 +125,28 @@ def check_modality(what: str, module: ModuleType, dataset: str) -> None:
         raise UserError(f"{what} is for {made_for}s, {dataset} holds {held}s: choose another")
 
 
-def check_output(path: Path) -> None:
-    """UserError unless weights can be written there."""
+def check_weights_output(path: Path, suspect: Suspect) -> None:
+    """UserError unless weights can be written there without losing any."""
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path}: repaired weights are written as .safetensors; name such a file")
+    inputs = [suspect.checkpoint, suspect.clean_model, suspect.trigger]
+    # A run folder or a pretrained model's stands for the weights in it.
+    check_output(path, [given for given in inputs if given] + [suspect.checkpoint / "model.safetensors"])
+
+
+def check_output(path: Path, inputs: Sequence[Path]) -> None:
+    """UserError unless the file can be written, which is tried before hours are spent, and is none of the inputs."""
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: the folder {path.parent} does not exist")
+    try:
+        there = path.exists()
+        if there and any(given.exists() and path.samefile(given) for given in inputs):
+            raise UserError(f"--output {path} is one of the inputs and would be overwritten: name another file")
+        path.open("ab").close()
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}): name another file") from error
+    if not there:
+        path.unlink()
 
 
 def usable_devices(choice: str) -> tuple[str, ...]:
@@ -181,7 +216,7 @@ def _defense_settings(repair: Repair, module: ModuleType, suspect: Suspect) -> A
     variant = repair.defense_variant or suspect.variant
     paper = next((p for p, v in sorted(module.SETTINGS, key=lambda key: key[0] != suspect.paper) if v == variant),
                  suspect.paper)
-    config = settings_of(f"defense {repair.defense}", module, paper, variant)
+    config = settings_of(f"defense {repair.defense}", module, paper, variant, "--defense-variant")
     if getattr(config, "target", None) is None:
         if suspect.target is not None and suspect.attack is None:
             raise UserError(TARGET_ALONE)

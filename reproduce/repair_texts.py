@@ -18,7 +18,15 @@ from reproduce.models import encoder
 from reproduce.models.encoder import TextClassifier
 from reproduce.plugins import settings_of
 from reproduce.poisoning import attack_module
-from reproduce.repair import Repair, Suspect, check_modality, check_output, usable_devices
+from reproduce.repair import (
+    TARGET_ALONE,
+    Repair,
+    Suspect,
+    check_modality,
+    check_paper,
+    check_weights_output,
+    usable_devices,
+)
 from reproduce.texts import TextTestSet, judge_both, triggered_test_set
 
 PAPER = "badacts"
@@ -27,6 +35,8 @@ FEWEST = 20     # clean sentences: ten to fit on, ten to find a threshold on; fa
 
 def evaluate_text_suspect(suspect: Suspect) -> dict[str, Any]:
     """acc, acc_nontarget, asr, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
+    if suspect.target is not None and suspect.attack is None:
+        raise UserError(TARGET_ALONE)
     _dataset, model, test = _suspect(suspect)
     return _measured(test, *(model.logits(texts).argmax(1) for texts in (test.clean.texts, test.triggered)))
 
@@ -37,16 +47,19 @@ def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     `before` and `after` as `evaluate_text_suspect`, where a rejected sentence counts as an error; `flagged`: what share
     is; the seconds the defense took.
     """
-    check_output(repair.output)
+    check_weights_output(repair.output, suspect)
     if repair.images:
         raise UserError(f"--images are pictures, {suspect.dataset} holds texts: the clean sentences are its validation "
                         "split; for sentences of your own use the command purify")
     module = defense_module(repair.defense)
     check_modality(f"defense {repair.defense}", module, suspect.dataset)
-    config = settings_of(f"defense {repair.defense}", module, PAPER, repair.defense_variant or suspect.variant)
+    config = settings_of(f"defense {repair.defense}", module, PAPER, repair.defense_variant or suspect.variant,
+                         "--defense-variant")
     if "training-data" in module.requires(config):
         raise UserError(f"defense {repair.defense} cleans the training set and trains anew: it cannot repair a "
                         "checkpoint")
+    if suspect.target is not None and suspect.attack is None and getattr(config, "target", None) is None:
+        raise UserError(TARGET_ALONE)
     dataset, model, test = _suspect(suspect)
     if getattr(config, "target", None) is not None:
         config = dataclasses.replace(config, target=_target(suspect, dataset))
@@ -69,11 +82,12 @@ def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     kept = guard.model.network.state_dict() if guard.model else guard.tensors
     if kept:
         save_file({name: value.cpu().contiguous() for name, value in kept.items()}, repair.output)
-        found["output"] = str(repair.output)
-    return found
+    # Some judge sentences and keep nothing.
+    return {**found, "output": str(repair.output) if kept else None}
 
 
 def _suspect(suspect: Suspect) -> tuple[TextDataset, TextClassifier, TextTestSet]:
+    check_paper(suspect.paper)
     for option, given in (("--normalize", suspect.normalize is not None), ("--clean-model", suspect.clean_model),
                           ("--trigger", suspect.trigger)):
         if given:

@@ -104,6 +104,10 @@ class Store:
         """All runs that are there, whole or damaged."""
         return sorted(path.name for path in (self.root / "runs").glob("*") if path.is_dir())
 
+    def failures(self) -> list[str]:
+        """All runs whose last attempt failed."""
+        return sorted(path.stem for path in (self.root / "failed").glob("*.txt"))
+
     def status(self, name: str) -> str:
         """done, failed, damaged or missing."""
         path = self.root / "runs" / name

@@ -22,6 +22,10 @@ prepare_environment() {
     done
     # run_tests.sh changes directory before it uses these.
     [[ $venv == /* ]] || venv="$PWD/$venv"
+    if [[ $install == yes && " ${arguments[*]-} " =~ \ (-h|--help)\  ]] && ! environment_ready "$root" "$venv"; then
+        brief_help "$root" "$purpose"
+        exit 0
+    fi
     if [[ ${PYTHON:-} == */* && $PYTHON != /* ]]; then PYTHON="$PWD/$PYTHON"; fi
     if [[ $install == no ]]; then
         use_python_at_hand "$venv" "$purpose"
@@ -29,6 +33,13 @@ prepare_environment() {
         python="$venv/bin/python"
         environment_ready "$root" "$venv" || build_environment "$root" "$venv"
     fi
+}
+
+# What can be said before there is an environment to say more: nobody wants several GB for an answer.
+brief_help() {
+    sed -n '/^# Runs/,/^[^#]/s/^# //p' "$0"
+    if [[ $2 == run ]]; then sed -n '/^| option/,/^$/p' "$1/README.md"; fi
+    echo "(in full once the environment is there, which any command without --help makes)"
 }
 
 is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }

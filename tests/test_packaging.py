@@ -165,6 +165,13 @@ def test_first_run_builds_the_environment_and_the_second_reuses_it(project: Path
     assert (second.returncode, second.stdout, second.stderr) == (7, "run\n", "")
 
 
+def test_help_installs_nothing(project: Path) -> None:
+    shutil.copy(ROOT / "README.md", project)
+    for script, option, said in (("run_all.sh", "--help", "--dry-run"), ("run_tests.sh", "-h", "marked `slow`")):
+        done = run(project / script, option)
+        assert done.returncode == 0 and said in done.stdout and not (project / ".venv").exists()
+
+
 def test_changed_lock_or_interrupted_install_is_rebuilt(project: Path, quick_python: str) -> None:
     assert run(project / "run_all.sh", PYTHON=quick_python).returncode == 7
     leftover = project / ".venv" / "leftover"

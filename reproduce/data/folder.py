@@ -27,7 +27,7 @@ def load_folder(folder: Path, num_classes: int, size: int = 32) -> Clean:
         try:
             with Image.open(path) as image:
                 arrays.append(np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)))
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"--images: {path} is not a readable image; remove or replace it") from error
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     return Clean(images, torch.tensor(listing.targets), num_classes)

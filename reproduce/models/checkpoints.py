@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -45,6 +44,10 @@ def load_checkpoint(path: Path, model: str, num_classes: int, dataset: str | Non
         name = wrong[0]
         raise UserError(f"{path} is not a {model} with {num_classes} classes: {name} is {tuple(weights[name].shape)}, "
                         f"expected {tuple(expected[name].shape)}; choose the right --model or --dataset")
+    odd = {name for name, value in weights.items() if value.is_complex() or not torch.isfinite(value).all()}
+    if odd:
+        raise UserError(f"{path} has weights that are no finite numbers, {_some(odd)}: it was damaged, or its training "
+                        "diverged")
     network.load_state_dict(weights)
     return network.eval()
 
@@ -58,23 +61,32 @@ def _our_name(name: str, network: nn.Module) -> str:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+    start = b""
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such checkpoint")
+        with path.open("rb") as file:
+            start = file.read(2)
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_DATA):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than weights and could execute code when loaded; save its "
-                        "state_dict alone (torch.save(model.state_dict(), ...)) or as .safetensors") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from error
+    except UserError:
+        raise
+    except Exception as error:      # a damaged pickle may raise anything
+        # A pickle, or a ZIP archive that holds one.
+        if isinstance(error, pickle.UnpicklingError) and (start == b"PK" or start[:1] == b"\x80"):
+            raise UserError(f"{path} is refused: it holds more than weights and could execute code when loaded, or is "
+                            "damaged; save its state_dict alone (torch.save(model.state_dict(), ...)) or as "
+                            ".safetensors") from error
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(f"{str(path)[:200]} is not a readable checkpoint ({reason})") from error
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(name, str) and isinstance(value, Tensor)
+                                                for name, value in content.items()):
         raise UserError(f"{path} holds no state_dict: expected names and tensors, or one of {', '.join(WRAPPERS)}")
     return content
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from reproduce.errors import UserError
@@ -28,6 +29,8 @@ LONGEST = 512           # tokens: openbackdoor/victims/plms.py of clearloveclear
 PAD, UNKNOWN, CLS, SEP = range(4)
 _TINY_WORDS = 4096
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
+               "sentencepiece.bpe.model")
 
 Tokens = list[list[int]]
 # (layer, its output (N, L, D)) -> what the next layer sees, or None for the output as it is.
@@ -185,6 +188,8 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
     local = folder_given or not hub_answers()
     if folder_given and not any((Path(place) / name).is_file() for name in _WEIGHTS):
         raise UserError(f"{place} holds no model.safetensors: save the model there with save_pretrained(...)")
+    if folder_given and not any((Path(place) / name).is_file() for name in _TOKENIZERS):
+        raise UserError(f"{place} holds no tokenizer: save it there with save_pretrained(...), too")
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False, "use_safetensors": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=local)
@@ -197,7 +202,10 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
         else:
             network = transformers.AutoModelForSequenceClassification.from_pretrained(
                 place, num_labels=num_classes, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        if num_classes is None:
+            raise UserError(f"{place} cannot be loaded ({_short(error)}): name a folder as save_pretrained writes it, "
+                            "of model and tokenizer") from error
         reason = _short(error) if folder_given or not local else "no network, and the hub's cache does not have it"
         raise UserError(f"the encoder {place} cannot be loaded ({reason}): put it below the data root as "
                         f"models/{Path(place).name}/ (config.json, model.safetensors, tokenizer files), or take "

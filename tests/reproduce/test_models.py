@@ -1,6 +1,7 @@
 """The architectures against their authors' networks, taps, and loading of other people's checkpoints."""
 
 import io
+import math
 import pickle
 import zipfile
 from argparse import Namespace
@@ -386,7 +387,12 @@ def test_a_checkpoint_with_code_is_refused_and_not_executed(tmp_path: Path, trai
     (lambda path, state: None, "no such checkpoint"),
     (lambda path, state: path.write_bytes(b"<html>404</html>"), "not a readable checkpoint|refused"),
     (lambda path, state: (torch.save(state, path), path.write_bytes(path.read_bytes()[:5000])), "not a readable"),
+    (lambda path, state: path.touch(), "not a readable checkpoint"),
+    (lambda path, state: save_file({"fc.bias": state["fc.bias"]}, path), "not a readable checkpoint"),
     (lambda path, state: torch.save({"epoch": 3}, path), "holds no state_dict"),
+    (lambda path, state: torch.save(dict(enumerate(state.values())), path), "holds no state_dict"),
+    (lambda path, state: torch.save({**state, "fc.bias": state["fc.bias"] * math.nan}, path), "no finite.* fc.bias"),
+    (lambda path, state: torch.save({**state, "fc.bias": state["fc.bias"] * 1j}, path), "no finite numbers, fc.bias"),
     (lambda path, state: torch.save({**state, "fc2.weight": state["fc.weight"]}, path), "fc2.weight too many"),
     (lambda path, state: torch.save({n: v for n, v in state.items() if n != "fc.bias"}, path), "lacks fc.bias"),
     (lambda path, state: torch.save({**state, "fc.bias": torch.zeros(43)}, path), r"fc.bias is \(43,\), expected"),
@@ -397,6 +403,19 @@ def test_wrong_files_get_one_line(tmp_path: Path, trained: dict, make: object, s
     with pytest.raises(UserError, match=said) as caught:
         load_checkpoint(path, "wrn-10-1", 10)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_the_old_kind_cut_anywhere_gets_one_line(tmp_path: Path, trained: dict) -> None:
+    whole = io.BytesIO()
+    torch.save(trained, whole, _use_new_zipfile_serialization=False)
+    path, content = tmp_path / "file.pth", whole.getvalue()
+    for length in (*range(0, 400, 20), 1000, 5000, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"readable checkpoint|refused") as caught:
+            load_checkpoint(path, "wrn-10-1", 10)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="readable checkpoint"):
+        load_checkpoint(tmp_path / ("a" * 5000), "wrn-10-1", 10)
 
 
 def test_unknown_architecture_lists_the_known() -> None:

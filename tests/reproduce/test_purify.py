@@ -1,6 +1,7 @@
 """Somebody's own text classifier on the command line: evaluate, defend, purify, and every bad input in one line."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ GOOD = "a warm film .\t1\n"
     ("clean", GOOD + " \t0\n", "line 2 of .* is an empty sentence"),
     ("clean", GOOD + "a cold film .\t2\n", "line 2 of .* has label '2': the model knows 0 to 1 or bad, good"),
     ("clean", GOOD * 5, "has 5 sentences: 20 are the fewest"),
+    ("clean", "", "has 0 sentences: 20 are the fewest"),
+    ("clean", "text\tlabel\n", "has 0 sentences: 20 are the fewest"),
+    ("clean", GOOD + "a cold film .\t\u00b2\n", "line 2 of .* has label"),
+    ("clean", GOOD + "a cold film .\t" + "1" * 5000 + "\n", "line 2 of .* has label '1{40}'"),
     ("clean", "a warm , tender , charming film .\t0\n" * 30, "no better than chance"),
     ("clean", GOOD * 30 + "word " * 90 + "\t1\n", "sentence 31 of .* has 9. tokens, the model takes 64.*--truncate"),
     ("clean", b"\xff\xfe\x00", "is not a readable UTF-8"),
@@ -107,14 +112,41 @@ def test_long_sentences_are_cut_on_request(call: Callable[..., Any], tmp_path: P
     ({"checkpoint": "nowhere"}, "nowhere is no folder"),
     ({"clean": "nowhere.tsv"}, "nowhere.tsv: no such file"),
     ({"output": "nowhere/out.jsonl"}, "the folder nowhere does not exist"),
+    ({"output": "/proc/out.jsonl"}, "cannot be written"),
     ({"frr": 0}, "0.0 is not in the range"),
+    ({"frr": "nan"}, "nan is no finite number"),
+    ({"deviations": "inf"}, "inf is no finite number"),
 ])
 def test_bad_options_are_one_line(call: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
     refused(call(**changes), message)
 
 
+def test_inputs_are_not_overwritten(call: Callable[..., Any], folder: Path) -> None:
+    before = (folder / "input.txt").read_bytes()
+    refused(call(output=folder / "input.txt"), "is one of the inputs")
+    refused(call(output=folder / "clean.tsv"), "is one of the inputs")
+    assert (folder / "input.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("model.safetensors", b"cut", "cannot be loaded"), ("config.json", b"[1, 2]", "cannot be loaded")])
+def test_a_damaged_folder_is_one_line(call: Callable[..., Any], folder: Path, tmp_path: Path, name: str,
+                                      content: bytes, message: str) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder / "model", damaged)
+    (damaged / name).write_bytes(content)
+    refused(call(checkpoint=damaged), message)
+
+
+def test_a_folder_without_a_tokenizer_says_so(call: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    mute = tmp_path / "mute"
+    mute.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / "model" / name, mute)
+    refused(call(checkpoint=mute), "holds no tokenizer")
+
+
 def test_a_folder_without_a_trained_head_is_refused(call: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
-    import shutil
     headless = tmp_path / "headless"
     shutil.copytree(folder / "model", headless)
     weights = {name: value for name, value in load_file(headless / "model.safetensors").items()
@@ -141,6 +173,9 @@ def test_evaluate_and_defend_know_texts(folder: Path, tmp_path: Path) -> None:
     found = json.loads(result.output)
     assert found["before"]["asr"] > 95 and found["clean_sentences"] == 240
     assert load_file(tmp_path / "o.safetensors")["upper"].shape == (2, 64)
+    result = evaluate("defend", *suspect, "--defense", "strip", "--defense-variant", "released", "--output",
+                      tmp_path / "none.safetensors")
+    assert json.loads(result.output)["output"] is None and not (tmp_path / "none.safetensors").exists()
     clean = evaluate("evaluate", *suspect[:6])
     assert set(json.loads(clean.output)) == {"acc", "n_clean"}
 
@@ -148,6 +183,8 @@ def test_evaluate_and_defend_know_texts(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("command", "arguments", "message"), [
     ("evaluate", ["--attack", "blend"], "attack blend is for images, sentences holds texts"),
     ("evaluate", ["--normalize", "cifar10"], "--normalize is for images"),
+    ("evaluate", ["--target", "1"], "name the attack"),
+    ("evaluate", ["--paper", "nope"], "unknown --paper nope"),
     ("evaluate", ["--attack", "addsent", "--target", "7"], "--target 7: sentences has labels 0 to 1"),
     ("evaluate", ["--attack", "addsent", "--variant", "described"], "no settings for"),
     ("evaluate", ["--dataset", "sst-2", "--data-root", "nowhere"], "sst-2: .* is missing"),

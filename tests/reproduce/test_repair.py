@@ -118,6 +118,15 @@ def test_a_checkpoint_of_backdoorbench_is_normalised_as_there(tmp_path: Path, mo
 @pytest.mark.parametrize(("change", "said"), [
     (["--output", "x.pth"], "written as .safetensors"),
     (["--output", "/nonexistent/x.safetensors"], "does not exist"),
+    (["--output", "/proc/x.safetensors"], "cannot be written"),
+    (["--output", "a" * 300 + ".safetensors"], "cannot be written"),
+    (["--paper", "nope"], "unknown --paper nope: choose one of"),
+    (["--defense-variant", "nope"], "--defense-variant described"),
+    (["--images", ".", "--clean-fraction", "0.5"], "leave one out"),
+    (["--clean-fraction", "nan"], "no finite number"),
+    (["--defense", "mcr", "--clean-fraction", "0.0008"], "one is too few"),
+    (["--defense", "anp", "--defense-variant", "described", "--clean-fraction", "0.0008"], "one is too few"),
+    (["--defense", "rnp", "--clean-fraction", "0.0008"], "one is too few"),
     (["--defense", "magic"], "choose one of"),
     (["--attack", "cl"], "--variant described"),
     (["--attack", "cl", "--variant", "described"], "name one with --clean-model"),
@@ -137,9 +146,21 @@ def test_bad_requests_get_one_line(checkpoint: Path, tmp_path: Path, change: lis
     assert not (tmp_path / "r.safetensors").exists()
 
 
-def test_a_target_without_an_attack_is_refused(checkpoint: Path) -> None:
-    code, out = call("evaluate", "--checkpoint", str(checkpoint), *COMMON, "--target", "3")
+@pytest.mark.parametrize("option", [("--target", "3"), ("--trigger", "nowhere.safetensors")])
+def test_what_only_an_attack_uses_is_refused_without_one(checkpoint: Path, option: tuple[str, str]) -> None:
+    code, out = call("evaluate", "--checkpoint", str(checkpoint), *COMMON, *option)
     assert code == 2 and "name the attack" in out
+
+
+def test_the_suspect_is_not_overwritten(checkpoint: Path, tmp_path: Path) -> None:
+    suspect = tmp_path / "suspect.safetensors"
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    save_file({name: value.contiguous() for name, value in weights.items()}, suspect)
+    before = suspect.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(suspect)
+    for output in (suspect, tmp_path / "link.safetensors"):
+        code, out = call("defend", "--checkpoint", str(suspect), *COMMON, "--defense", "ft", "--output", str(output))
+        assert code == 2 and "would be overwritten" in out and suspect.read_bytes() == before
 
 
 @pytest.mark.data

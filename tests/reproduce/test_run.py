@@ -276,6 +276,11 @@ def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:
     (["run", "--profile", "cpu", "--data-root", "/nonexistent/place"], "CIFAR-10 is not at"),
     (["run", "--results", "README.md"], "--results"),
     (["frobnicate"], "frobnicate"),
+    (["report", "--results", "nowhere/at/all"], "holds no runs"),
+    (["report", "--profile", "quick", "--results", "reference/nad-authors-victim"], "none of the 12 runs in"),
+    (["export", "--results", "nowhere/at/all", "--into", "/tmp/never"], "holds no runs"),
+    (["export", "--profile", "paper", "--seeds", "3", "--item", "authors-victim", "--results",
+      "reference/nad-authors-victim", "--into", "/proc/nope"], "--into /proc/nope cannot be written"),
     (["evaluate", "--checkpoint", "none.pth", "--model", "wrn-16-1", "--dataset", "digits"], "no such checkpoint"),
     (["evaluate", "--checkpoint", "none.pth", "--model", "wrn-16-1"], "--dataset"),
     (["evaluate", "--checkpoint", "none.pth", "--model", "wrn-16-1", "--dataset", "mnist"], "unknown data set"),
@@ -285,6 +290,18 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str) 
                           timeout=120, env={**os.environ, "CI": "true"})
     assert done.returncode == 2, done.stderr
     assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_reader_that_went_away_is_no_traceback() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "reproduce", "status", "--profile", "quick", "--item", "curves"],
+                              cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and "No space left" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_without_a_command_the_commands_are_listed() -> None:
+    done = subprocess.run([sys.executable, "-m", "reproduce"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) > 10 and "purify" in done.stderr
 
 
 def test_dry_run_lists_and_writes_nothing(tmp_path: Path) -> None:
