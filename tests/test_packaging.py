@@ -157,8 +157,8 @@ def lock_digest(project: Path) -> str:
 
 def test_first_run_builds_the_environment_and_the_second_reuses_it(project: Path, tmp_path: Path) -> None:
     (tmp_path / "reproduce.py").write_text("raise SystemExit('the wrong reproduce')")
-    first = run(project / "run_all.sh", "--paper", "nad argd", "--dry-run", "--help", cwd=tmp_path)
-    assert (first.returncode, first.stdout) == (7, "run|--paper|nad argd|--dry-run|--help\n")
+    first = run(project / "run_all.sh", "--paper", "nad argd", "--dry-run", "--graph", cwd=tmp_path)
+    assert (first.returncode, first.stdout) == (7, "run|--paper|nad argd|--dry-run|--graph\n")
     assert len(first.stderr.splitlines()) == 1 and "Installing" in first.stderr
     assert stamp(project) == lock_digest(project)
     second = run(project / "run_all.sh", cwd=tmp_path)
