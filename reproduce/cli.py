@@ -25,9 +25,9 @@ from reproduce.cells import NONE, Task, Victim, with_dependencies
 from reproduce.engine import Workers, check_data, execute, expected, unfinished
 from reproduce.errors import UserError
 from reproduce.models.encoder import LAYERS
+from reproduce.plugins import PROJECT
 from reproduce.poisoning import attack_module
 from reproduce.protocols import PAPERS, PROFILES, Entry, Profile, entries
-from reproduce.provenance import PROJECT
 from reproduce.purify import Purification
 from reproduce.purify import purify as purify_sentences
 from reproduce.repair import Repair, Suspect, evaluate_suspect, repair_suspect, usable_devices

@@ -15,9 +15,9 @@ import torch
 from reproduce import data, models
 from reproduce.cells import NONE, Cell, Task
 from reproduce.models import encoder
+from reproduce.plugins import PROJECT
 from reproduce.processor import cpu_name
 
-PROJECT = Path(__file__).resolve().parent.parent
 SHARED = ("poisoning.py", "defending.py", "rng.py")
 OF = {data.IMAGE: ("training.py", "data/augment.py"), data.TEXT: ("finetuning.py",)}
 

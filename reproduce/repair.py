@@ -28,7 +28,6 @@ from reproduce.plugins import plugins, settings_of
 from reproduce.poisoning import attack_module
 
 CLEAN_FRACTION = 0.05   # of the training images
-TARGET_ALONE = "--target without --attack tests nothing; name the attack"
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,7 @@ class Repair:
 
 def evaluate_suspect(suspect: Suspect) -> dict[str, Any]:
     """acc, acc_nontarget, asr, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
-    _check_alone(suspect)
-    if suspect.target is not None and suspect.attack is None:
-        raise UserError(TARGET_ALONE)
+    check_used(suspect)
     loaded = data.load(suspect.dataset, suspect.root)
     network, clean_model = _networks(suspect, loaded)
     return _measured(network, _test_set(suspect, loaded, clean_model))
@@ -82,12 +79,12 @@ def evaluate_suspect(suspect: Suspect) -> dict[str, Any]:
 def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     """Write the repaired weights; `before` and `after` as `evaluate_suspect`, and the seconds the defense took."""
     check_weights_output(repair.output, suspect)
-    _check_alone(suspect)
     if repair.images and repair.clean_fraction is not None:
         raise UserError("--clean-fraction is a share of the data set's images, of --images all are used: leave one out")
     module = defense_module(repair.defense)
     check_modality(f"defense {repair.defense}", module, suspect.dataset)
     config = _defense_settings(repair, module, suspect)
+    check_used(suspect, told=getattr(config, "target", None) is not None)
     loaded = data.load(suspect.dataset, suspect.root)
     network, clean_model = _networks(suspect, loaded)
     if "clean-model" in module.requires(config) and clean_model is None:
@@ -104,18 +101,16 @@ def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
             "clean_images": len(clean.images), "info": defended.info, "output": str(repair.output)}
 
 
-def _check_alone(suspect: Suspect) -> None:
-    if suspect.trigger and suspect.attack is None:
-        raise UserError("--trigger without --attack tests nothing; name the attack")
-    check_paper(suspect.paper)
-
-
-def check_paper(paper: str) -> None:
-    """UserError for a paper that no attack and no defense has settings of."""
-    known = {named for package in ("attacks", "defenses") for module in plugins(package)
-             for named, _variant in module.SETTINGS}
-    if paper not in known:
-        raise UserError(f"unknown --paper {paper}: choose one of {', '.join(sorted(known))}")
+def check_used(suspect: Suspect, told: bool = False) -> None:
+    """UserError for an option that nothing would use: a paper that no attack and no defense has settings of; without
+    an attack a trigger, or a target label, unless a defense is told it."""
+    known = {paper for package in ("attacks", "defenses") for module in plugins(package)
+             for paper, _variant in module.SETTINGS}
+    if suspect.paper not in known:
+        raise UserError(f"unknown --paper {suspect.paper}: choose one of {', '.join(sorted(known))}")
+    for option, given in (("--trigger", suspect.trigger), ("--target", None if told else suspect.target)):
+        if given is not None and suspect.attack is None:
+            raise UserError(f"{option} without --attack tests nothing; name the attack")
 
 
 def check_modality(what: str, module: ModuleType, dataset: str) -> None:
@@ -139,8 +134,8 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: the folder {path.parent} does not exist")
     try:
-        there = path.exists()
-        if there and any(given.exists() and path.samefile(given) for given in inputs):
+        there = path.exists() or path.is_symlink()
+        if path.exists() and any(given.exists() and path.samefile(given) for given in inputs):
             raise UserError(f"--output {path} is one of the inputs and would be overwritten: name another file")
         path.open("ab").close()
     except OSError as error:
@@ -218,8 +213,6 @@ def _defense_settings(repair: Repair, module: ModuleType, suspect: Suspect) -> A
                  suspect.paper)
     config = settings_of(f"defense {repair.defense}", module, paper, variant, "--defense-variant")
     if getattr(config, "target", None) is None:
-        if suspect.target is not None and suspect.attack is None:
-            raise UserError(TARGET_ALONE)
         return config
     if suspect.target is None and suspect.attack is None:
         raise UserError(f"defense {repair.defense} {variant} is told the target label: name it with --target, or "

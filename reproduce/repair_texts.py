@@ -18,15 +18,7 @@ from reproduce.models import encoder
 from reproduce.models.encoder import TextClassifier
 from reproduce.plugins import settings_of
 from reproduce.poisoning import attack_module
-from reproduce.repair import (
-    TARGET_ALONE,
-    Repair,
-    Suspect,
-    check_modality,
-    check_paper,
-    check_weights_output,
-    usable_devices,
-)
+from reproduce.repair import Repair, Suspect, check_modality, check_used, check_weights_output, usable_devices
 from reproduce.texts import TextTestSet, judge_both, triggered_test_set
 
 PAPER = "badacts"
@@ -35,8 +27,6 @@ FEWEST = 20     # clean sentences: ten to fit on, ten to find a threshold on; fa
 
 def evaluate_text_suspect(suspect: Suspect) -> dict[str, Any]:
     """acc, acc_nontarget, asr, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
-    if suspect.target is not None and suspect.attack is None:
-        raise UserError(TARGET_ALONE)
     _dataset, model, test = _suspect(suspect)
     return _measured(test, *(model.logits(texts).argmax(1) for texts in (test.clean.texts, test.triggered)))
 
@@ -58,10 +48,9 @@ def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     if "training-data" in module.requires(config):
         raise UserError(f"defense {repair.defense} cleans the training set and trains anew: it cannot repair a "
                         "checkpoint")
-    if suspect.target is not None and suspect.attack is None and getattr(config, "target", None) is None:
-        raise UserError(TARGET_ALONE)
-    dataset, model, test = _suspect(suspect)
-    if getattr(config, "target", None) is not None:
+    told = getattr(config, "target", None) is not None
+    dataset, model, test = _suspect(suspect, told)
+    if told:
         config = dataclasses.replace(config, target=_target(suspect, dataset))
     fraction = 1.0 if repair.clean_fraction is None else repair.clean_fraction
     clean = clean_texts(dataset.validation, fraction, suspect.seed)
@@ -86,12 +75,12 @@ def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     return {**found, "output": str(repair.output) if kept else None}
 
 
-def _suspect(suspect: Suspect) -> tuple[TextDataset, TextClassifier, TextTestSet]:
-    check_paper(suspect.paper)
+def _suspect(suspect: Suspect, told: bool = False) -> tuple[TextDataset, TextClassifier, TextTestSet]:
     for option, given in (("--normalize", suspect.normalize is not None), ("--clean-model", suspect.clean_model),
                           ("--trigger", suspect.trigger)):
         if given:
             raise UserError(f"{option} is for images, {suspect.dataset} holds texts: leave it out")
+    check_used(suspect, told)
     dataset = data.load_text(suspect.dataset, suspect.root)
     settings = None
     if suspect.attack:
