@@ -55,7 +55,7 @@ class Config:
     penalty: float = 1e-3           # :188, :230
     radius: float | None = None     # L2 norm of d; None: as found
     step: float = 0.1               # s, of the map T; :210
-    terms: int = 5                  # K; :130
+    terms: int = field(default=5, metadata={"smoke": 2})        # K; :130
     portion: float = 0.01           # :193
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ class Inversion:
     """How to search for triggers. A step is `batches` batches; the schedule moves between steps."""
 
     # batches: None is one pass over the clean images. ones: start from an almost full, white trigger, not a random one.
-    steps: int = field(default=80, metadata={"smoke": 4})      # bench nc_epoch; gtsrb_visualize_example.py:53 has 1000
+    steps: int = field(default=80, metadata={"smoke": 2})      # bench nc_epoch; gtsrb_visualize_example.py:53 has 1000
     batches: int | None = field(default=31, metadata={"smoke": 2})     # :54-55, 1000 // 32
     batch: int = 32                             # :51
     rate: float = 0.1                           # :52

@@ -26,6 +26,8 @@ from tables.render import Table
 
 TARGET, COUNT, LAYERS, UNITS, SHOWN = 1, 400, 2, 24, 4
 QUICK = PROFILES["quick"]
+WHOLE = replace(QUICK, smoke=False)     # every attack at each of its two seeds
+MAIN = [purification("sentences"), detection("sentences")]
 # (ACC, ASR) in percent of the made-up runs, and the suspicion that a trigger adds (0: nothing is detected).
 LEVELS = {"Before": (90, 98), METHOD: (85, 12), THEN: (89, 14), REJECT: (86, 5), STATISTICS: (88, 60), "FT": (89, 70),
           "ONION": (80, 40), "BadActs, dealt anew": (70, 50)}
@@ -151,7 +153,7 @@ def test_a_table_names_the_data_set_and_the_encoder_of_its_runs(built: dict[str,
 
 def test_the_frr_wanted_and_the_frr_measured_are_two_columns(results: Results) -> None:
     frame = results.frame(PAPER, "frr")
-    assert list(frame.frr_set[:5]) == ["1 %", "5 %", "10 %", "20 %", "40 %"]
+    assert list(frame.frr_set) == ["1 %", "5 %"]
     assert frame.frr.between(0, 20).all()
 
 
@@ -188,8 +190,8 @@ def test_hanley_and_mcneils_interval() -> None:
 def test_detection_first_is_paired_with_purifying_everything(results: Results) -> None:
     one = Results(results.store, [entry for entry in results.entries if entry.task.seed == 1])
     table = tables.detection_first(one, "sentences")
-    row = table.data.set_index(["attack", "defense", "measure"]).loc[("SynBkd", THEN, "acc")]
-    frame = one.frame(PAPER, purification("sentences")).query("attack == 'SynBkd' and variant == 'released'")
+    row = table.data.set_index(["attack", "defense", "measure"]).loc[("AddSent", THEN, "acc")]
+    frame = one.frame(PAPER, purification("sentences")).query("attack == 'AddSent' and variant == 'released'")
     runs = {line.defense: one.finished(line.run).hits()["acc"] for line in frame.itertuples()}
     assert row.difference == pytest.approx(89 - 85) and row["from"] < 4 < row.to
     assert row.p == mcnemar(runs[THEN], runs[METHOD]).p <= row.p_holm
@@ -277,7 +279,7 @@ def outcomes(results: Results) -> dict[str, str]:
 
 
 def test_claims_are_supported_by_good_runs(tmp_path: Path) -> None:
-    found = made(tmp_path, QUICK, {THEN: (89, 12)})
+    found = made(tmp_path, WHOLE, {THEN: (89, 12)}, items=MAIN)
     assert set(outcomes(found).values()) == {criteria.SUPPORTED}
     first = claims.claims(found, PROFILES["paper"])[0]
     assert first.name == "erases-word-triggers" and first.source == "abstract, arXiv 2405.11227"
@@ -286,18 +288,18 @@ def test_claims_are_supported_by_good_runs(tmp_path: Path) -> None:
 
 
 def test_claims_are_refuted_by_bad_runs(tmp_path: Path) -> None:
-    found = made(tmp_path, QUICK, {METHOD: (85, 62), THEN: (86, 70), STATISTICS: (88, 62), "ONION": (85, 40),
-                                   "BadActs, dealt anew": (70, 61)}, shift=0.0)
+    found = made(tmp_path, WHOLE, {METHOD: (85, 62), THEN: (86, 70), STATISTICS: (88, 62), "ONION": (85, 40),
+                                   "BadActs, dealt anew": (70, 61)}, shift=0.0, items=MAIN)
     assert set(outcomes(found).values()) == {criteria.REFUTED}
 
 
 def test_few_pairs_and_weak_attacks_decide_nothing(tmp_path: Path) -> None:
-    found = made(tmp_path, QUICK)
+    found = made(tmp_path, WHOLE, items=MAIN)
     one = outcomes(Results(found.store, [entry for entry in found.entries if entry.task.seed == 0]))
     assert {one[name] for name in ("detection-first", "keeps-more-than-words", "optimisation-adds", "units-adds")} == \
         {criteria.UNDECIDED}, "four pairs"
     assert one["erases-feature-triggers"] == one["detects-feature-triggers"] == criteria.SUPPORTED
-    weak = outcomes(made(tmp_path / "weak", QUICK, {"Before": (90, 30)}))
+    weak = outcomes(made(tmp_path / "weak", WHOLE, {"Before": (90, 30)}, items=MAIN))
     assert weak["erases-word-triggers"] == weak["detects-feature-triggers"] == criteria.UNDECIDED
     assert weak["optimisation-adds"] == criteria.NOT_RUN, "no pair on a working backdoor"
 

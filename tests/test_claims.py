@@ -91,6 +91,12 @@ def test_a_largest_share_is_refuted_by_its_interval_and_not_by_its_value(tmp_pat
     assert near.outcome == criteria.UNDECIDED and near.value < 94.85
 
 
+def test_nothing_loses_more_than_all_of_its_asr(tmp_path: Path) -> None:
+    check = compared_with_nad(tmp_path, 4, 0)
+    low, high = (float(bound) for bound in re.search(r"less ASR \[([\d.]+), ([\d.]+)\]", check.text).groups())
+    assert low < high <= 100 and check.low < check.value <= check.high <= 7
+
+
 def test_a_share_is_of_the_same_seeds(tmp_path: Path) -> None:
     levels = {"Before": (90, 99), "NAD": (89, 60), "ARGD": (89, 30)}
     found = made(tmp_path, levels, paper="argd")

@@ -50,13 +50,11 @@ def test_driver_commands_are_understood(command: str) -> None:
 
 def test_the_first_command_on_a_few_runs_of_every_paper(tmp_path: Path) -> None:
     done = run("./run_all.sh", ROOT, "--no-install", "--profile", "quick", "--seeds", "1", "--item", "variants",
-               "--results", str(tmp_path))
+               "--item", "p", "--item", "deviations", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text()
     assert all(f"{paper}: variant" in page for paper in ("NAD", "ARGD", "MCLDef"))
-    done = run("./run_all.sh", ROOT, "--no-install", "--profile", "quick", "--seeds", "1", "--item", "deviations",
-               "--results", str(tmp_path))
-    assert done.returncode == 0 and "badacts-deviations" in (tmp_path / "report.html").read_text(), done.stderr
+    assert "fmp-p" in page and "badacts-deviations" in page
 
 
 @pytest.mark.slow

@@ -231,8 +231,11 @@ def up_to(results: Results, rows: dict[str, pd.DataFrame], defense: str, base: s
         theirs, ours = of(rows, base, attack), of(rows, defense, attack)
         paired = pairs(theirs, ours, measure) if measure == "asr" else pairs(ours, theirs, measure)
         if paired:
-            gain = gains[attack] = mean_difference(results, paired, measure)
+            gain = mean_difference(results, paired, measure)
             values = [pair.first if measure == "asr" else pair.second for pair in paired]
+            if measure == "asr":    # none can lose more than the base leaves
+                gain = Interval(gain.mean, gain.low, min(gain.high, sum(values) / len(values)))
+            gains[attack] = gain
             unit = 100 * len(values) / sum(values) if any(values) else math.nan
             shares[attack] = Interval(unit * gain.mean, unit * gain.low, unit * gain.high)
             seeds.append(len(paired))

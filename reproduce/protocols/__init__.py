@@ -79,6 +79,10 @@ class Profile:
         """Those of the listed attacks that are run at this seed: for a second seed to show, two are enough."""
         return list(listed) if self.sweeps(seed) else list(listed)[:2]
 
+    def values(self, listed: dict[str, Any]) -> dict[str, Any]:
+        """Those of a factor's numbers that are run: to show that it is varied, two are enough."""
+        return dict(list(listed.items())[:2]) if self.smoke else listed
+
     def victim(self, recipe: AnyRecipe) -> AnyRecipe:
         """A victim's recipe at this scale."""
         return self._recipe(recipe, self.victim_epochs)

@@ -127,8 +127,8 @@ def _main(profile: Profile, dataset: str, seed: int, rows: list[Row]) -> list[En
     # Fine-tuning goes on at the rate that the victim was trained at.
     tuning = replace(FT.config.recipe, rate=recipe(dataset, profile.encoder).rate)
     rows = [replace(one, config=replace(one.config, recipe=tuning)) if one is FT else one for one in rows]
-    for label, attack in ATTACKS.items():
-        on = text_victim(profile, dataset, attack, seed)
+    for label in profile.attacks(ATTACKS, seed):
+        on = text_victim(profile, dataset, ATTACKS[label], seed)
         found += comparison(profile, PAPER, purification(dataset), on, {"attack": label}, rows, 1.0)
         detectors = DETECTORS if len(rows) > len(BRIEF_ROWS) else DETECTORS[-1:]
         found += comparison(profile, PAPER, detection(dataset), on, {"attack": label}, detectors, 1.0)
@@ -146,17 +146,17 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
         return [Entry(PAPER, item, {label: value}, cell(profile, on, "badacts", config, fraction))
                 for value, config in settings.items()]
 
-    found = vary("deviations", "k", {f"{k:g}": replace(detect, deviations=k) for k in DEVIATIONS})
-    found += vary("frr", "frr", {f"{100 * frr:g} %": replace(then, frr=frr) for frr in FRRS})
-    found += vary("weight", "weight", {f"{weight:g}": replace(released, weight=weight) for weight in WEIGHTS})
+    found = vary("deviations", "k", profile.values({f"{k:g}": replace(detect, deviations=k) for k in DEVIATIONS}))
+    found += vary("frr", "frr", profile.values({f"{100 * frr:g} %": replace(then, frr=frr) for frr in FRRS}))
+    found += vary("weight", "weight", profile.values({f"{w:g}": replace(released, weight=w) for w in WEIGHTS}))
     found += vary("layers", "layers", {
         "all": released, "first half": replace(released, layers=(0, last // 2)),
         "second half": replace(released, layers=(last // 2 + 1, last)), "last": replace(released, layers=(last, last))})
-    for share in SHARES:
-        found += [Entry(PAPER, "validation", {"share": f"{share:.0%}".replace("%", " %"), "defense": label},
+    for name, share in profile.values({f"{share:.0%}".replace("%", " %"): share for share in SHARES}).items():
+        found += [Entry(PAPER, "validation", {"share": name, "defense": label},
                         cell(profile, on, "badacts", config, share))
                   for label, config in ((STATISTICS, _own("statistics")), (METHOD, released))]
-    for rate in POISON_RATES:
+    for name, rate in profile.values({f"{100 * rate:g} %": rate for rate in POISON_RATES}).items():
         victim = text_victim(profile, dataset, ATTACKS["AddSent"], seed, rate=rate)
-        found += comparison(profile, PAPER, "poison-rate", victim, {"rate": f"{100 * rate:g} %"}, BRIEF_ROWS, 1.0)
+        found += comparison(profile, PAPER, "poison-rate", victim, {"rate": name}, BRIEF_ROWS, 1.0)
     return found

@@ -22,6 +22,7 @@ AUGMENTED = replace(RELEASED, shuffle=True, augment=Augment(crop=4, flip=True))
 # The six attacks of NAD and ARGD, in NAD's settings.
 SIX = {"BadNets": "badnets", "Trojan": "trojan", "Blend": "blend", "CL": "cl", "SIG": "sig", "Refool": "refool"}
 FRACTIONS = (0.01, 0.05, 0.10, 0.15, 0.20)
+SMOKE_FRACTIONS = FRACTIONS[1:3]    # not the most, which takes longest
 BETA_ZERO = "NAD (beta = 0)"
 
 
@@ -81,8 +82,8 @@ def comparison(profile: Profile, paper: str, item: str, on: Victim, labels: dict
 
 
 def fractions(profile: Profile, paper: str, on: Victim, rows: list[Row]) -> list[Entry]:
-    """The defenses with more or less clean data; at smoke scale not with the most, which takes longest."""
-    return [entry for fraction in (FRACTIONS[:3] if profile.smoke else FRACTIONS)
+    """The defenses with more or less clean data."""
+    return [entry for fraction in (SMOKE_FRACTIONS if profile.smoke else FRACTIONS)
             for entry in comparison(profile, paper, "clean-fraction", on,
                                     {"fraction": f"{fraction:.0%}".replace("%", " %")}, rows, fraction)[1:]]
 

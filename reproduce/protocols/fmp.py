@@ -176,9 +176,7 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
             ("p", "share", {name: replace(base, p=max(1, round(base.p * share))) for name, share in SHARES.items()}),
             ("images", "images", {str(count): replace(base, images=count) for count in IMAGES}),
             ("tuning", "tuning", {str(epochs): _tuned(base, epochs) for epochs in TUNING})):
-        if profile.smoke:
-            settings = dict(list(settings.items())[:2])
-        found += sweep(profile, PAPER, item, label, on, "fmp", settings)
+        found += sweep(profile, PAPER, item, label, on, "fmp", profile.values(settings))
     return found + fractions(profile, PAPER, on, _brief(profile))
 
 

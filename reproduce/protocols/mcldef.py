@@ -81,7 +81,7 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
     on = victim(profile, "badnets", "nad", "released", seed)
     found = fractions(profile, PAPER, on, [row("FT", "released", "nad"), MAIN_ROWS[-1]])
     found += sweep(profile, PAPER, "temperature", "temperature", on, "mcldef",
-                   {f"{value:g}": replace(_RELEASED, temperature=value) for value in TEMPERATURES})
+                   profile.values({f"{value:g}": replace(_RELEASED, temperature=value) for value in TEMPERATURES}))
     found += sweep(profile, PAPER, "inversion", "inversion", on, "mcldef", INVERSIONS)
     for label in SMOKE_ATTACKS[:1] if profile.smoke else ATTACKS:
         attacked = victim(profile, *ATTACKS[label], "described", seed)

@@ -30,7 +30,6 @@ AUTHORS_VICTIM = Published(
 RELEASED_ATTACKS = {"BadNets": ("badnets", "released"), "Trojan": ("trojan", "released"),
                     "Blend": ("blend", "released"), "SIG": ("sig", "released"),
                     "Refool (BackdoorBench)": ("refool", "backdoorbench")}
-BETA_FACTORS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 DESCRIBED_ROWS = [row(label, "described", PAPER) for label in ("FT", "FP", "MCR", BETA_ZERO, "NAD")]
 RELEASED_ROWS = [row(label, "released", PAPER) for label in ("FT", BETA_ZERO, "NAD")]
 FRACTION_ROWS = [row(label, "released", PAPER) for label in ("FT", "FP", "MCR", BETA_ZERO, "NAD")]
@@ -58,6 +57,8 @@ TEACHERS = {
     "WRN-40-1 from scratch on the clean subset": replace(_NAD, teacher="scratch", teacher_model="wrn-40-1"),
     "clean model, full training set (oracle)": replace(_NAD, teacher="clean"),
 }
+BETAS = {f"{factor:g}": replace(_NAD, betas=tuple(factor * beta for beta in _NAD.betas))
+         for factor in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)}
 VARIANTS = {
     "released": _NAD,
     "released, beta = 0": nad.without_distillation(_NAD),
@@ -99,8 +100,7 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
     for item, label, settings in (
             ("attention", "attention", ATTENTIONS), ("distillation", "distillation", DISTILLATIONS),
             ("teacher", "teacher", TEACHERS),
-            ("beta", "beta", {f"{factor:g}": replace(_NAD, betas=tuple(factor * beta for beta in _NAD.betas))
-                              for factor in BETA_FACTORS}),
+            ("beta", "beta", profile.values(BETAS)),
             ("variants", "variant", VARIANTS)):
         found += sweep(profile, PAPER, item, label, on, "nad", settings)
     found += [Entry(PAPER, "curves", {"defense": one.label}, cell(profile, on, one.defense, one.config, curve=True))

@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from attacks import badnets
 from defenses import ft, mcldef
 from reproduce import engine
 from reproduce.cells import Cell, Task, Victim
+from reproduce.cli import main
 from reproduce.engine import Workers, execute, unfinished
 from reproduce.runner import Runner
 from reproduce.store import Store
@@ -285,11 +287,20 @@ def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:
     (["evaluate", "--checkpoint", "none.pth", "--model", "wrn-16-1"], "--dataset"),
     (["evaluate", "--checkpoint", "none.pth", "--model", "wrn-16-1", "--dataset", "mnist"], "unknown data set"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "reproduce", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "CI": "true"})
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2, done.output
+    *_before, last = done.output.splitlines()
+    assert last.startswith("error: ") and said in last and done.output.count("error: ") == 1
+
+
+def test_bad_input_goes_to_standard_error() -> None:
+    done = subprocess.run([sys.executable, "-m", "reproduce", "run", "--item", "everything"], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown item everything") and len(done.stderr.splitlines()) == 1
 
 
 def test_a_reader_that_went_away_is_no_traceback() -> None:
