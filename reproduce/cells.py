@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from reproduce.defending import defense_module
@@ -64,7 +65,7 @@ class Task:
         """Which tensors of its run those load that need it. An exported run may lack them."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Folder name: readable, and unique by the hash of the whole configuration."""
         text = json.dumps(self.describe(), sort_keys=True)

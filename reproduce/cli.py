@@ -237,7 +237,8 @@ def _list(tasks: list[Task], store: Store, jobs: int) -> None:
 
 
 def _report(results: Results, profile: Profile, folder: Path) -> int:
-    summary = write_report(results, profile, folder, shlex.join(["./run_all.sh", *_portable(sys.argv[2:])]))
+    summary = write_report(results, profile, folder, shlex.join(["./run_all.sh", *_portable(sys.argv[2:])]),
+                           os.cpu_count() or 1)
     if summary.main:
         click.echo(f"\n{summary.main}")
     for claim, verdict in summary.verdicts:

@@ -248,9 +248,7 @@ _runner: Runner | None = None
 def _start_worker(workers: Workers, devices: multiprocessing.Queue, messages: multiprocessing.Queue,
                   parent: int) -> None:
     global _runner
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with(parent)
-    torch.set_num_threads(1)
+    belong_to(parent)
     os.environ["BACKDOOR_DATA"] = str(workers.root)  # where a defense looks for a language model
     device = torch.device(devices.get())
     _runner = Runner(Store(workers.store), workers.root, device,
@@ -258,8 +256,11 @@ def _start_worker(workers: Workers, devices: multiprocessing.Queue, messages: mu
                      note=lambda text: print(text, file=sys.stderr, flush=True))
 
 
-def _die_with(parent: int) -> None:
-    """End this worker when the driver is gone, however it went: a killed run must not go on unseen."""
+def belong_to(parent: int) -> None:
+    """Make this process a worker: one thread, Ctrl-C left to the driver, and no life after the driver's end, however
+    it went: a killed run must not go on unseen."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

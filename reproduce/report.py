@@ -5,8 +5,14 @@ Everything is computed from run folders and is the same, bit for bit, for the sa
 
 import base64
 import importlib
+import multiprocessing
+import os
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ from markupsafe import Markup
 
 from reproduce import claims
 from reproduce.cells import with_dependencies
+from reproduce.engine import belong_to, single_threaded
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
 from reproduce.statistics import DRAWS
@@ -44,20 +51,31 @@ class ReportSummary:
         return not (self.failed or self.damaged or self.missing)
 
 
-def write_report(results: Results, profile: Profile, folder: Path, command: str) -> ReportSummary:
-    """Write tables/, figures/, claims.json and report.html below `folder`. command: what reproduces all this."""
-    smoke = profile.smoke
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that is in its files."""
+
+    name: str
+    title: str
+    caption: str
+
+
+def write_report(results: Results, profile: Profile, folder: Path, command: str, processes: int = 1) -> ReportSummary:
+    """Write tables/, figures/, claims.json and report.html below `folder`. command: what reproduces all this.
+
+    processes: how many draw the figures, which takes most of the time, beside this one; 1 for none but this one.
+    """
     papers = [paper for paper in PAPERS if any(entry.paper == paper for entry in results.entries)]
-    chapters = []
-    for paper in papers:
-        built = importlib.import_module(f"tables.{paper}").tables(results, smoke)
-        drawn = importlib.import_module(f"figures.{paper}").figures(results, smoke)
-        for table in built:
-            render.write(table, folder / "tables", profile)
-        for figure in drawn:
-            figure.write(folder / "figures", smoke)
-        chapters.append({"paper": paper, "name": PAPERS[paper], "tables": built, "figures": drawn})
-    found = claims.claims(results, profile)
+    with _drawing(results, papers, profile.smoke, folder / "figures", min(processes, len(papers))) as figures:
+        chapters: list[dict[str, Any]] = []
+        for paper in papers:
+            built = importlib.import_module(f"tables.{paper}").tables(results, profile.smoke)
+            for table in built:
+                render.write(table, folder / "tables", profile)
+            chapters.append({"paper": paper, "name": PAPERS[paper], "tables": built})
+        found = claims.claims(results, profile)
+        for chapter in chapters:
+            chapter["figures"] = figures[chapter["paper"]]()
     claims.write(found, folder / "claims.json")
     runs = _runs(results)
     counted = Counter(run["status"] for run in runs)
@@ -68,6 +86,30 @@ def write_report(results: Results, profile: Profile, folder: Path, command: str)
     return ReportSummary(page, render.text(main, brief=True) if main else "",
                          tuple((claim.statement, claim.verdict) for claim in found),
                          *(counted[status] for status in STATUSES))
+
+
+@contextmanager
+def _drawing(results: Results, papers: list[str], smoke: bool, folder: Path,
+             processes: int) -> Iterator[dict[str, Callable[[], list[Drawn]]]]:
+    """By paper, what waits for its figures; they are drawn by other processes from now on, or only then by this one."""
+    if processes < 2:
+        yield {paper: partial(_draw, paper, results, smoke, folder) for paper in papers}
+        return
+    fresh = Results(results.store, results.entries)     # without what was read, which would have to travel
+    with single_threaded(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), belong_to,
+                                                (os.getpid(),)) as pool:
+        try:
+            yield {paper: pool.submit(_draw, paper, fresh, smoke, folder).result for paper in papers}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _draw(paper: str, results: Results, smoke: bool, folder: Path) -> list[Drawn]:
+    drawn = importlib.import_module(f"figures.{paper}").figures(results, smoke)
+    for figure in drawn:
+        figure.write(folder, smoke)
+    return [Drawn(figure.name, figure.title, figure.caption) for figure in drawn]
 
 
 def _runs(results: Results) -> list[dict[str, Any]]:
@@ -124,7 +166,7 @@ def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str,
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)
 
-    def shown(figure: Any) -> dict[str, str]:
+    def shown(figure: Drawn) -> dict[str, str]:
         png = base64.b64encode((folder / "figures" / f"{figure.name}.png").read_bytes()).decode()
         return {"name": figure.name, "title": figure.title, "caption": figure.caption, "png": png}
 

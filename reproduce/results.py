@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from reproduce.cells import Cell, Task, Victim
@@ -21,6 +22,8 @@ class Results:
     store: Store
     entries: list[Entry]
     _seen: dict[str, tuple[str, Run | None]] = field(default_factory=dict)
+    _frames: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
+    _hits: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def frame(self, paper: str, item: str) -> pd.DataFrame:
         """One row per entry of a table: its labels, seed, status, run name, and the measures (NaN where not done).
@@ -29,6 +32,11 @@ class Results:
         protocol's order. dataset and model are the victim's. A label with a measure's name (the FRR a threshold is
         chosen for) is the column "<name>_set".
         """
+        if (paper, item) not in self._frames:
+            self._frames[paper, item] = self._frame(paper, item)
+        return self._frames[paper, item].copy()
+
+    def _frame(self, paper: str, item: str) -> pd.DataFrame:
         rows = []
         for entry in self.entries:
             if (entry.paper, entry.item) != (paper, item):
@@ -71,6 +79,12 @@ class Results:
         run = self.named(name)
         assert run is not None, f"{name} was finished a moment ago"
         return run
+
+    def hits(self, name: str) -> dict[str, np.ndarray]:
+        """Per-sample outcome (bool) behind each measure that counts, of a finished run."""
+        if name not in self._hits:
+            self._hits[name] = self.finished(name).hits()
+        return self._hits[name]
 
     def _look(self, name: str) -> tuple[str, Run | None]:
         if name not in self._seen:

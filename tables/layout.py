@@ -80,23 +80,31 @@ def present(results: Results, paper: str, item: str) -> bool:
 
 def measured(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
     """The rows with a number for this measure."""
-    return rows[(rows.status == "done") & rows[measure].notna()]
+    return rows[_have(rows, measure)]
+
+
+def _have(rows: pd.DataFrame, measure: str) -> np.ndarray:
+    return (rows.status == "done").to_numpy() & rows[measure].notna().to_numpy()
 
 
 def estimate(rows: pd.DataFrame, measure: str) -> Estimate:
     """Over the finished runs among `rows` of a results frame."""
-    rows = measured(rows, measure)
-    values = rows[measure].to_list()
+    have = _have(rows, measure)
+    values = rows[measure].to_numpy()[have].tolist()
+
+    def counted(of: str) -> int:
+        return int(rows[of].to_numpy()[have][0])
+
     if not values:
         return Estimate(0, math.nan, math.nan, math.nan, math.nan, "")
     if len(values) == 1:
         low, high, method = math.nan, math.nan, ""
         if measure in COUNT:
-            trials = int(rows[COUNT[measure]].iloc[0])
+            trials = counted(COUNT[measure])
             low, high = wilson(round(values[0] / 100 * trials), trials)
             method = "Wilson"
         elif measure == "auroc":
-            low, high = hanley_mcneil(values[0], int(rows.n_nontarget.iloc[0]), int(rows.n_clean.iloc[0]))
+            low, high = hanley_mcneil(values[0], counted("n_nontarget"), counted("n_clean"))
             method = "Hanley-McNeil"
         return Estimate(1, values[0], math.nan, low, high, method)
     interval = t_interval(values)
@@ -126,7 +134,7 @@ def estimates(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str])
             value = estimate(part, measure)
             rows.append({**dict(zip(keys, group, strict=True)), "measure": measure, "n": value.n, "mean": value.mean,
                          "sd": value.sd, "low": value.low, "high": value.high, "interval": value.method, "mark": "",
-                         "runs": " ".join(measured(part, measure).run)})
+                         "runs": " ".join(part.run.to_numpy()[_have(part, measure)])})
     return pd.DataFrame(rows, columns=[*keys, "measure", "n", "mean", "sd", "low", "high", "interval", "mark", "runs"])
 
 
@@ -166,8 +174,7 @@ def differences(paired: list[Pair]) -> dict[str, list[float]]:
 
 def outcomes(results: Results, name: str, measure: str) -> np.ndarray:
     """Per-sample success of a finished run, bool (N,)."""
-    run = results.finished(name)
-    return run.hits()[measure]
+    return results.hits(name)[measure]
 
 
 def compare(results: Results, first: pd.DataFrame, second: pd.DataFrame, measure: str) -> PairedTest:

@@ -1,6 +1,7 @@
 """The report: complete, self-contained, honest about gaps, and the same bytes for the same runs."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -88,13 +89,14 @@ def test_files_are_written(summary: ReportSummary) -> None:
     assert {path.suffix for path in (folder / "figures").iterdir()} == {".pdf", ".png", ".csv"}
 
 
-@pytest.mark.slow
-def test_same_runs_same_bytes(summary: ReportSummary, runs: Results, tmp_path: Path) -> None:
-    write_report(runs, PROFILES["quick"], tmp_path, COMMAND)
-    first = summary.page.parent
-    for path in sorted(first.rglob("*")):
-        if path.is_file():
-            assert (tmp_path / path.relative_to(first)).read_bytes() == path.read_bytes(), path.name
+def test_same_runs_same_bytes_by_however_many_processes(runs: Results, tmp_path: Path) -> None:
+    both = [other for entry in runs.entries if entry.item == "main" for other in (entry, replace(entry, paper="argd"))]
+    for processes in (1, 2):
+        write_report(Results(runs.store, both), PROFILES["quick"], tmp_path / str(processes), COMMAND, processes)
+    alone, together = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+                       for folder in (tmp_path / "1", tmp_path / "2"))
+    assert alone == together
+    assert {path.stem.split("-")[0] for path in alone if path.suffix == ".png"} == {"nad", "argd"}
 
 
 def test_empty_results_still_make_a_page(tmp_path: Path, runs: Results) -> None:
