@@ -75,7 +75,7 @@ FACTORS = (
     Factor("validation", "defense", "Defense", "The share of the validation split that the defender has.",
            within=("share", "Clean data"), on=ON, measures=SHOWN),
     Factor("poison-rate", "defense", "Defense", "The share of the training set that is poisoned.",
-           within=("rate", "Poisoned"), on=ON, measures=SHOWN),
+           within=("rate", "Poison rate"), on=ON, measures=SHOWN),
 )
 GPT2 = "onion-gpt2"     # the item with ONION's own language model
 ITEMS = (purification, detection)   # of each data set

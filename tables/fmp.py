@@ -29,11 +29,11 @@ FACTORS = (
            "range.", measures=SHOWN),
     Factor("p", "share", "Maps pruned", "In every convolution, relative to the count of the main table.",
            measures=SHOWN),
-    Factor("images", "images", "Images", "On which the maps are scored.", measures=SHOWN),
-    Factor("tuning", "tuning", "Epochs", "Of fine-tuning after the pruning.", measures=SHOWN),
+    Factor("images", "images", "Scoring images", "On which the maps are scored.", measures=SHOWN),
+    Factor("tuning", "tuning", "Fine-tuning epochs", "After the pruning.", measures=SHOWN),
     Factor("poison-rate", "defense", "Defense", "The share of the training set that is poisoned.",
-           within=("rate", "Poisoned"), measures=SHOWN),
-    Factor("faults", "faults", "Setting", "Each fault of the released script added to the described method and taken "
+           within=("rate", "Poison rate"), measures=SHOWN),
+    Factor("faults", "faults", "Faults", "Each fault of the released script added to the described method and taken "
            "from the released one.", within=("attack", "Attack"), on="Several attacks", measures=SHOWN),
 )
 

@@ -87,7 +87,8 @@ def _augmentation(results: Results) -> Claim:
     else:
         outcome = SUPPORTED if interval.above(0.0) else REFUTED if interval.below(MARGIN) else UNDECIDED
         bounds = "" if math.isnan(interval.low) else f" [{interval.low:+.2f}, {interval.high:+.2f}]"
-        text = f"ASR after FT, NAD (beta = 0) and NAD {interval.mean:+.2f} points{bounds}, n = {len(means)} seeds"
+        text = (f"ASR after FT, NAD (beta = 0) and NAD {interval.mean:+.2f} points{bounds}, n = {len(means)} "
+                f"seed{'s' * (len(means) != 1)}")
     check = Check("BadNets", outcome, text, interval.mean, interval.low, interval.high, len(means), test.p)
     return claim(PAPER, "augmentation-makes-erasure-harder",
                   "A victim trained with standard augmentation is harder to erase.", values["source"],
