@@ -76,6 +76,15 @@ def test_five_pairs_cannot_support_the_control(tmp_path: Path) -> None:
     assert verdict(found, "distillation-adds-described") == criteria.UNDECIDED
 
 
+def test_one_seed_neither_supports_nor_refutes(tmp_path: Path) -> None:
+    names = ("erases-six-attacks-described", "no-obvious-loss-described")
+    for seeds, far, near in ((1, criteria.UNDECIDED, criteria.UNDECIDED), (6, criteria.REFUTED, criteria.SUPPORTED)):
+        good = made(tmp_path / f"good-{seeds}", GOOD, seeds)
+        bad = made(tmp_path / f"bad-{seeds}", {"Before": (90, 99), "NAD": (60, 70)}, seeds)
+        assert {verdict(good, name) for name in names} == {near}
+        assert {verdict(bad, name) for name in names} == {far}
+
+
 def compared_with_nad(root: Path, nad: float, argd: float, seeds: int = 6) -> criteria.Check:
     """The claim that ARGD leaves up to 94.85 % less ASR than NAD, on victims at these levels of ASR."""
     levels = {"Before": (90, 99), "NAD": (89, nad), "ARGD": (89, argd)}

@@ -23,6 +23,7 @@ from reproduce.claims.criteria import (
     below,
     claim,
     compared,
+    decided,
     erases,
     finished,
     of,
@@ -67,7 +68,7 @@ def claims(results: Results) -> list[Claim]:
         "BadActs' detector tells sentences with a trigger in feature space from clean ones.", CONTROL,
         f"For each attack ({' and '.join(FEATURE)}) on each data set with ASR before at least {TOOK:.0f} %: the 95 % "
         f"interval of mean AUROC wholly above {TELLS:.0f} %. t interval over seeds; with one seed Hanley and McNeil's "
-        "over test sentences. Wholly below refutes.",
+        "over test sentences, which decides nothing. Wholly below refutes.",
         [_tells(detected, attack) for attack in _on(detected, FEATURE)],
         finished(*(of(detected, METHOD, attack) for attack in _on(detected, FEATURE)))))
     found.append(_detection_first(purified))
@@ -119,7 +120,7 @@ def _tells(table: dict[str, pd.DataFrame], attack: str) -> Check:
         return Check(attack, NOT_RUN, f"{attack}: not run")
     took = before.mean >= TOOK
     note = "" if took else "; the attack did not take, so there was nothing to detect"
-    return Check(attack, above(value.interval, TELLS) if took else UNDECIDED,
+    return Check(attack, decided(above(value.interval, TELLS), value.n) if took else UNDECIDED,
                  f"{attack}: AUROC {value.mean:.1f} [{value.low:.1f}, {value.high:.1f}], n = {value.n}{note}",
                  value.mean, value.low, value.high, value.n)
 

@@ -46,7 +46,8 @@ MARGIN = 2.0
 # Added after the first real runs (three pairs); it only withholds verdicts.
 FEWEST = 6
 
-ONE_SEED = "With one seed the interval covers the test images only."
+# Added later, too, for the same reason: another training of the same victim may come out otherwise.
+ONE_SEED = "With one seed the interval covers the test images only and decides nothing."
 
 NO_ROWS = pd.DataFrame(columns=["attack", "seed", "run", "status", *MEASURES])
 
@@ -101,6 +102,11 @@ def below(interval: Interval, threshold: float) -> str:
     return REFUTED if interval.above(threshold) else UNDECIDED
 
 
+def decided(outcome: str, seeds: int) -> str:
+    """The outcome of an interval over `seeds`; of one seed there is none (see ONE_SEED)."""
+    return outcome if seeds > 1 else UNDECIDED
+
+
 def defenses(results: Results, study: Study, variant: str, item: str = "main") -> dict[str, pd.DataFrame]:
     """Rows of the main table by defense; empty without such entries."""
     if not present(results, study.paper, item):
@@ -125,7 +131,7 @@ def erases(rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str],
             checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
             continue
         taken, value = before.mean, after
-        outcome = below(value.interval, threshold) if taken >= TOOK else UNDECIDED
+        outcome = decided(below(value.interval, threshold), value.n) if taken >= TOOK else UNDECIDED
         note = "" if taken >= TOOK else "; the attack did not take, so there was nothing to erase"
         checks.append(Check(attack, outcome, f"{attack}: ASR {taken:.1f} -> {value.mean:.1f} "
                             f"[{value.low:.1f}, {value.high:.1f}], n = {value.n}{note}",
@@ -143,9 +149,9 @@ def loses_less(results: Results, rows: dict[str, pd.DataFrame], defense: str, at
             checks.append(Check(attack, NOT_RUN, f"{attack}: not run"))
             continue
         drop = mean_difference(results, paired, measure)
-        checks.append(Check(attack, below(drop, threshold), f"{attack}: {drop.mean:+.1f} points lost "
-                            f"[{drop.low:+.1f}, {drop.high:+.1f}], n = {len(paired)}", drop.mean, drop.low, drop.high,
-                            len(paired)))
+        checks.append(Check(attack, decided(below(drop, threshold), len(paired)),
+                            f"{attack}: {drop.mean:+.1f} points lost [{drop.low:+.1f}, {drop.high:+.1f}], "
+                            f"n = {len(paired)}", drop.mean, drop.low, drop.high, len(paired)))
     return checks
 
 
