@@ -133,19 +133,27 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset()
 
 
-def builds_on(config: Config) -> tuple[str, nc.Config] | None:
-    """Where the target is to be found: Neural Cleanse, whose masks of all classes tell it."""
-    return ("nc", nc.Config(inversion=config.estimate)) if config.target is None else None
+def builds_on(config: Config) -> tuple[str, "nc.Config | Config"] | None:
+    """Where the target is to be found: Neural Cleanse, whose masks of all classes tell it. Where it is told: the plain
+    settings of this inversion, whose trigger the controls and every temperature share."""
+    if config.target is None:
+        return "nc", nc.Config(inversion=config.estimate)
+    plain = replace(config, inversion="pixel" if config.inversion == "random" else config.inversion,
+                    loss="contrastive", temperature=Config.temperature, statistics="stamped")
+    return None if config == plain or config.fallback else ("mcldef", plain)
 
 
 def work(config: Config, images: int, classes: int) -> float:
-    """Stage 1."""
+    """Stage 1, unless it is another run's."""
+    if (base := builds_on(config)) and base[0] == "mcldef":
+        return 0
     return (config.mask if config.inversion == "mask" else config.pixel).steps * images
 
 
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
            clean_model: nn.Module | None = None, base: dict[str, Tensor] | None = None) -> Defended:
-    """A copy of `model` purified with an inverted trigger. base: the tensors of the run that `builds_on` names.
+    """A copy of `model` purified with an inverted trigger. base: the tensors of the run that `builds_on` names, whose
+    masks or trigger are not searched for again.
 
     info: target and who named it; the trigger's L1 norm and number of changed pixels; whether stage 1 reached the
     success it asks for; the trigger's success (percent) on clean images of other classes; where the target was
@@ -160,7 +168,12 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     else:
         nc.check_target(config.target, clean)
         info = {"target": config.target, "target_from": "granted"}
-    trigger, reached = find_trigger(victim, clean, info["target"], config, seed, observe)
+    if base and config.target is not None:
+        found = Trigger(*(base[name].to(clean.images.device) for name in ("trigger", "mask") if name in base))
+        reached = found.mask is not None or bool(found.pattern.any())
+    else:
+        found, reached = find_trigger(victim, clean, info["target"], config, seed, observe)
+    trigger = scattered(found, seed) if config.inversion == "random" else found
     stamped = (255 * trigger(to_input(clean.images))).round().to(torch.uint8)
     info |= {"reached": reached, "l1": trigger.l1(), "changed_pixels": trigger.changed(),
              "success": nc.success_rate(victim, stamped, clean.labels, info["target"])}
@@ -206,7 +219,8 @@ class Trigger:
 
 def find_trigger(victim: nn.Module, clean: Clean, target: int, config: Config, seed: int,
                  observe: Observer = silent) -> tuple[Trigger, bool]:
-    """Stage 1 with the inversion of `config`: the trigger, and whether it is one the inversion calls successful."""
+    """Stage 1 with the inversion of `config` ("random" finds what "pixel" does): the trigger, and whether it is one the
+    inversion calls successful."""
     masked, batch, augment = config.inversion == "mask", config.recipe.batch, config.recipe.augment
 
     def passes(step: int) -> Iterable[Tensor]:
@@ -216,8 +230,7 @@ def find_trigger(victim: nn.Module, clean: Clean, target: int, config: Config, s
     start = torch.rand((2, *clean.images.shape[1:]), generator=generator(seed, "trigger")).to(clean.images.device)
     if masked:
         return invert_mask(victim, passes, target, start[0], start[1, 0], config.mask, observe), True
-    trigger, reached = invert_pixels(victim, passes, target, start, config.pixel, config.fallback, observe)
-    return (scattered(trigger, seed) if config.inversion == "random" else trigger), reached
+    return invert_pixels(victim, passes, target, start, config.pixel, config.fallback, observe)
 
 
 def invert_pixels(model: nn.Module, passes: Passes, target: int, start: Tensor, settings: Pixel,

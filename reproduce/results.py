@@ -60,7 +60,14 @@ class Results:
         """Of a run and of those it starts from; NaN where one of these is not there."""
         run, base = self.run(task), task.base() if isinstance(task, Cell) else None
         own = run.json("metrics")["seconds"] if run else math.nan
-        return own + self._seconds(base) if base else own
+        return own if base is None or self._alone(task, base) else own + self._seconds(base)
+
+    def _alone(self, task: Cell, base: Cell) -> bool:
+        """Whether a run began as its base does and so did itself what it could have had from there: one from before
+        the two shared it."""
+        begins = [run.history()[:1] for run in map(self.run, (task, base)) if run]
+        return task.defense == base.defense and len(begins) == 2 and all(begins) and (
+            begins[0][0]["phase"] == begins[1][0]["phase"])
 
     def status(self, name: str) -> str:
         """done, failed, damaged or missing."""

@@ -204,6 +204,34 @@ def test_neural_cleanse_run_before_gives_the_same_as_its_own_search(victim, clea
     assert after.info["mask_norms"] == before.info["mask_norms"]
 
 
+@pytest.mark.parametrize(("variant", "changes"), [
+    ("random-trigger", {}), ("cross-entropy", {}), ("released", {"temperature": 0.1}),
+    ("released", {"statistics": "clean"}), ("released-2022", {"temperature": 0.1})])
+def test_a_trigger_inverted_before_gives_the_same_as_inverting_it(backdoored, shorten, same, variant, changes):
+    model, clean, target = backdoored
+    config = replace(shorten(mcldef.SETTINGS["mcldef", variant]), target=target, pixel=mcldef.Pixel(steps=6), **changes)
+    name, plain = mcldef.builds_on(config)
+    assert name == "mcldef" and mcldef.builds_on(plain) is None
+    phases = []
+    base = mcldef.defend(model, clean, plain, 3)
+    alone = mcldef.defend(model, clean, config, 3)
+    after = mcldef.defend(model, clean, config, 3, observe=lambda phase, *row: phases.append(phase), base=base.tensors)
+    assert same(alone.model, after.model) and alone.info == after.info
+    assert set(phases) == {"purification"} and not same(base.model, after.model)
+    assert alone.tensors.keys() == after.tensors.keys()
+    assert all(alone.tensors[name].equal(after.tensors[name]) for name in alone.tensors)
+
+
+def test_only_the_same_inversion_is_shared():
+    released = mcldef.RELEASED
+    for changes in ({"fallback": True, "statistics": "clean"}, {"target": None, "loss": "cross-entropy"},
+                    {"target": 3}):
+        base = mcldef.builds_on(replace(released, **changes))
+        assert base is None or base[0] == "nc"
+    steps = replace(released, inversion="random", pixel=mcldef.Pixel(steps=7), target=3)
+    assert mcldef.builds_on(steps) == ("mcldef", replace(released, pixel=mcldef.Pixel(steps=7), target=3))
+
+
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
 def test_the_search_for_the_target_is_the_one_of_the_row_of_neural_cleanse(profile):
     main = entries(replace(profile, seeds=(0,)), ["mcldef"], ["main"])
