@@ -74,11 +74,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint its authors published: where it is below the data root, its SHA-256, and where it comes from."""
+    """A checkpoint its authors published: where it is below the data root, its SHA-256, where it comes from, and what
+    its images are normalised with (of `models.CHECKPOINT_NORMALISATIONS`; None: as its architecture has it)."""
 
     file: str
     sha256: str
     source: str
+    normalised: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,11 @@ class Victim(Task):
     def describe(self) -> dict[str, Any]:
         described = {"kind": "victim", "dataset": self.dataset, "model": self.model, "recipe": plain(self.recipe),
                      "seed": self.seed, "attack": self.attack, "settings": plain(self.settings)}
-        return described | ({"published": self.published.sha256} if self.published else {})
+        if self.published:
+            described["published"] = self.published.sha256
+            if self.published.normalised:
+                described["normalised"] = self.published.normalised
+        return described
 
     def label(self) -> str:
         return f"{'published' if self.published else 'victim'}-{self.attack}"

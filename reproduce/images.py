@@ -101,10 +101,10 @@ class ImageBench:
             raise UserError(f"{path} is missing: put {victim.published.source} there")
         if hashlib.sha256(path.read_bytes()).hexdigest() != victim.published.sha256:
             raise UserError(f"{path} is not {victim.published.source}: its SHA-256 differs")
-        model = load_checkpoint(path, victim.model, dataset.num_classes, victim.dataset).to(self.at.device)
+        model = as_published(load_checkpoint(path, victim.model, dataset.num_classes, victim.dataset), victim)
         state = self._prepare(victim, dataset)
-        return self._outcome(victim, model, test_set(dataset, victim, state), [], {"source": victim.published.source},
-                           started, {"trigger": state} if state else {})
+        return self._outcome(victim, model.to(self.at.device), test_set(dataset, victim, state), [],
+                           {"source": victim.published.source}, started, {"trigger": state} if state else {})
 
     def cell(self, cell: Cell) -> Outcome:
         victim_model, test = self._load_victim(cell.victim)
@@ -156,6 +156,7 @@ class ImageBench:
             dataset = data.load(victim.dataset, self.at.root)
             model = models.build(victim.model, dataset.num_classes, victim.seed, victim.dataset)
             model.load_state_dict(run.tensors("model"))
+            model = as_published(model, victim)
             state = run.tensors("trigger") if (run.path / "trigger.safetensors").exists() else {}
             if len(self._victims) > 1:
                 self._victims.clear()
@@ -167,6 +168,12 @@ class ImageBench:
         clean_model = self._load_victim(victim.clean())[0] if "clean-model" in needed else None
         return prepare(victim.attack, victim.settings, dataset, victim.seed, self.at.root, clean_model,
                        lambda share: self.at.progress(victim.name, 0.0, f"preparing the trigger {share:.0%}"))
+
+
+def as_published(model: nn.Module, victim: Victim) -> nn.Module:
+    """The victim's model, with images normalised as its authors do, where it is a published one."""
+    normalised = victim.published.normalised if victim.published else None
+    return models.normalise_inputs(model, normalised) if normalised else model
 
 
 def accuracy_and_asr(model: nn.Module, test: TestSet) -> tuple[float, float]:

@@ -13,12 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 from defenses import argd
+from reproduce.cells import Published
 from reproduce.poisoning import attack_module
 from reproduce.protocols import Entry, Profile
-from reproduce.protocols.comparison import SIX, Row, comparison, fractions, row, sweep, victim
+from reproduce.protocols.comparison import SIX, Row, comparison, fractions, on_published, row, sweep, victim
 from reproduce.training import Recipe
 
 PAPER = "argd"
+AUTHORS_VICTIM = Published(
+    "checkpoints/argd/WRN-16-1-S-model_best.pth.tar",
+    "831356518fed98bf08f595a8506a6d8dd528f59acb1976c2dbd408592d538440",
+    "weight/s_net/WRN-16-1-S-model_best.pth.tar of github.com/BililiCode/ARGD at 6354666")
 OWN_RECIPE = Recipe(epochs=9, rates=((0, 0.1), (6, 0.01)), shuffle=False)
 CONTROL = "ARGD without distillation"
 NODES = "NAD, betas 2000/5000/2000"
@@ -73,6 +78,7 @@ def entries(profile: Profile) -> list[Entry]:
         found += _main(profile, seed)
         if profile.sweeps(seed):
             found += _sweeps(profile, seed)
+        found += on_published(profile, PAPER, AUTHORS_VICTIM, PAPER, seed, DESCRIBED_ROWS)
     return found
 
 

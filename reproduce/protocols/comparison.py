@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from defenses import nad
-from reproduce.cells import Cell, Victim
+from reproduce.cells import Cell, Published, Victim
 from reproduce.data.augment import Augment
 from reproduce.defending import defense_module
 from reproduce.poisoning import attack_module
@@ -79,6 +79,21 @@ def comparison(profile: Profile, paper: str, item: str, on: Victim, labels: dict
     found += [Entry(paper, item, {**labels, "defense": one.label, "variant": one.variant},
                     cell(profile, on, one.defense, one.config, fraction)) for one in rows]
     return found
+
+
+def on_published(profile: Profile, paper: str, checkpoint: Published, settings: str, seed: int,
+                 rows: list[Row]) -> list[Entry]:
+    """The defenses on the very BadNets checkpoint that a paper's authors published, where the data root has it; at
+    scales that have its data set and architecture. settings: whose trigger it answers to.
+
+    The victim is one file for all seeds: a seed fixes the clean subset and what the defenses draw.
+    """
+    if (profile.dataset, profile.model) != ("cifar10", "wrn-16-1"):
+        return []
+    on = Victim(profile.dataset, profile.model, None, seed, "badnets",
+                attack_module("badnets").SETTINGS[settings, "released"], checkpoint)
+    return [replace(entry, on_request=True)
+            for entry in comparison(profile, paper, "authors-victim", on, {"attack": "BadNets"}, rows)]
 
 
 def fractions(profile: Profile, paper: str, on: Victim, rows: list[Row]) -> list[Entry]:

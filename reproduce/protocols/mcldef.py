@@ -10,14 +10,26 @@ from dataclasses import replace
 from typing import Any
 
 from defenses import anp, ibau, mcldef
+from reproduce.cells import Published
 from reproduce.protocols import Entry, Profile
-from reproduce.protocols.comparison import AUGMENTED, SIX, Row, comparison, fractions, row, sweep, victim
+from reproduce.protocols.comparison import (
+    AUGMENTED,
+    SIX,
+    Row,
+    comparison,
+    fractions,
+    on_published,
+    row,
+    sweep,
+    victim,
+)
 
 PAPER = "mcldef"
 METHOD = "MCLDef"
 RANDOM = "MCLDef, random trigger"
 CROSS_ENTROPY = "MCLDef, cross-entropy"
 ESTIMATED = "MCLDef, target estimated"
+EARLIER = "MCLDef, inversion of 2022"
 
 # label: (attack, whose settings)
 ATTACKS = {label: (attack, "nad") for label, attack in SIX.items()} | {
@@ -43,6 +55,13 @@ MAIN_ROWS = [
 ]
 BRIEF_ROWS = [row("FT", "released", "nad"), row("NAD", "released", "nad"), *OWN_ROWS]
 
+# The checkpoint published with MCLDef's code, that of its README's demo. Its images are normalised as in
+# utils/__init__.py of that commit.
+AUTHORS_VICTIM = Published(
+    "checkpoints/mcldef/WRN-16-1-badnet.pth.tar", "050fe7b8dd555ccd35421c97e981833510fe82b5c95c5d68ae07e461c7a38e2e",
+    "weight/CIFAR10/WRN-16-1-badnet.pth.tar of github.com/Zhihao151/MCL at 1ce3f44", "cifar10")
+AUTHORS_ROWS = [*MAIN_ROWS, Row(EARLIER, "released", "mcldef", mcldef.SETTINGS[PAPER, "released-2022"])]
+
 TEMPERATURES = (0.1, 0.25, 0.5, 1.0, 2.0)
 INVERSIONS = {
     "signed pixels (released 2023)": _RELEASED,
@@ -65,6 +84,8 @@ def entries(profile: Profile) -> list[Entry]:
         found += _main(profile, seed)
         if profile.sweeps(seed):
             found += _sweeps(profile, seed)
+        # The trigger in MCLDef's code is NAD's.
+        found += on_published(profile, PAPER, AUTHORS_VICTIM, "nad", seed, AUTHORS_ROWS)
         if profile.name == "paper":
             found += _elsewhere(profile, seed)
     return found

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from defenses import nad
-from reproduce.cells import Published, Victim
-from reproduce.poisoning import attack_module
+from reproduce.cells import Published
 from reproduce.protocols import Entry, Profile
 from reproduce.protocols.comparison import (
     AUGMENTED,
@@ -14,6 +13,7 @@ from reproduce.protocols.comparison import (
     cell,
     comparison,
     fractions,
+    on_published,
     row,
     sweep,
     victim,
@@ -75,8 +75,7 @@ def entries(profile: Profile) -> list[Entry]:
         found += _main(profile, seed)
         if profile.sweeps(seed):
             found += _sweeps(profile, seed) + _augmentation(profile, seed)
-        if profile.dataset == "cifar10" and profile.model == "wrn-16-1":
-            found += _authors_victim(profile, seed)
+        found += on_published(profile, PAPER, AUTHORS_VICTIM, PAPER, seed, RELEASED_ROWS)
     return found
 
 
@@ -116,11 +115,3 @@ def _augmentation(profile: Profile, seed: int) -> list[Entry]:
                             victim(profile, "badnets", PAPER, "released", seed, recipe), {"victim": label},
                             RELEASED_ROWS)
     return found
-
-
-def _authors_victim(profile: Profile, seed: int) -> list[Entry]:
-    """The defenses on the very checkpoint the authors published, where the data root has it."""
-    trigger = attack_module("badnets").SETTINGS[PAPER, "released"]
-    on = Victim(profile.dataset, profile.model, None, seed, "badnets", trigger, AUTHORS_VICTIM)
-    return [replace(entry, on_request=True)
-            for entry in comparison(profile, PAPER, "authors-victim", on, {"attack": "BadNets"}, RELEASED_ROWS)]
