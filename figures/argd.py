@@ -2,7 +2,15 @@
 
 from dataclasses import replace
 
-from figures.comparison import ablation, attention_maps, clean_fraction, comparisons, gallery, if_present
+from figures.comparison import (
+    ablation,
+    attention_maps,
+    authors_victim,
+    clean_fraction,
+    comparisons,
+    gallery,
+    if_present,
+)
 from figures.style import Figure
 from reproduce.results import Results
 from tables.argd import CONTROL, FACTORS, NODES, PAPER, STUDY
@@ -10,7 +18,7 @@ from tables.argd import CONTROL, FACTORS, NODES, PAPER, STUDY
 
 def figures(results: Results, smoke: bool = False) -> list[Figure]:
     """Every figure whose runs are at hand."""
-    built = comparisons(results, STUDY)
+    built = comparisons(results, STUDY) + authors_victim(results, STUDY)
     built += if_present(results, PAPER, "clean-fraction", lambda: clean_fraction(results, STUDY))
     for factor in FACTORS:
         built += ablation(results, STUDY, factor)

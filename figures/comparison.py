@@ -9,11 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from figures.style import BARS, Figure, canvas, done, dots, lines, seeds
+from figures.style import BARS, Figure, canvas, done, dots, lines, seed_dots, seeds
 from reproduce.results import Results
 from reproduce.store import Run
-from tables.comparison import Factor, Study, main_rows, rows, within_a_line
-from tables.layout import BEFORE, TOOK, not_taken, present
+from tables.against_published import published_values
+from tables.comparison import AUTHORS_VICTIM, Factor, Study, main_rows, rows, within_a_line
+from tables.layout import BEFORE, TOOK, measured, not_taken, present
 from tables.render import MISSING
 
 AMPLIFIED = 4       # factor on the trigger's residual in the gallery
@@ -44,6 +45,32 @@ def _comparison(frame: pd.DataFrame, name: str, title: str) -> Figure | None:
     flagged = f" † The attack did not take: ASR before below {TOOK:.0f} %." if weak else ""
     return Figure(name, title, f"{BARS} {seeds(data)}.{flagged}",
                   lambda: dots(shown, "attack", "defense", ("asr", "acc")), data, seeds(data))
+
+
+def authors_victim(results: Results, study: Study) -> list[Figure]:
+    """Every seed of every defense on the checkpoint that the authors published, and what they published of it."""
+    def build() -> Figure | None:
+        measures = ("asr", "acc_nontarget")
+        frame = rows(results, study.paper, "authors-victim", "attack", "defense", "variant")
+        data = done(frame, ["defense"], measures)
+        if not len(data):
+            return None
+        runs = pd.concat([measured(frame, measure).assign(measure=measure).rename(columns={measure: "value"})
+                          for measure in measures])[["defense", "measure", "seed", "value", "run"]]
+        theirs = pd.DataFrame([
+            {"defense": cell["labels"]["defense"], "measure": measure, "value": value, "source": entry["source"]}
+            for entry in published_values(study.paper)["rows"] for cell in entry["compare"]
+            if cell["item"] == "authors-victim" for measure, value in entry["values"].items()],
+            columns=["defense", "measure", "value", "source"])
+        theirs = theirs[theirs.defense.isin(data.defense)]
+        sources = "; ".join(dict.fromkeys(theirs.source))
+        note = f" Triangles: published ({sources}), of which the spread is not known." if sources else ""
+        return Figure("authors-victim", f"{study.name}: the defenses on {AUTHORS_VICTIM}",
+                      f"BadNets. Grey: each seed. {BARS} {seeds(data)}.{note}",
+                      lambda: seed_dots(data, runs, theirs, "defense", measures),
+                      pd.concat([runs.assign(what="run"), theirs.assign(what="published")], ignore_index=True),
+                      seeds(data))
+    return if_present(results, study.paper, "authors-victim", build)
 
 
 def clean_fraction(results: Results, study: Study) -> Figure | None:

@@ -11,6 +11,7 @@ from sklearn.manifold import TSNE
 from figures.comparison import (
     AMPLIFIED,
     ablation,
+    authors_victim,
     bare,
     clean_fraction,
     comparisons,
@@ -30,7 +31,7 @@ PROJECTED = (BEFORE, "FT", METHOD)
 
 def figures(results: Results, smoke: bool = False) -> list[Figure]:
     """Every figure whose runs are at hand."""
-    built = comparisons(results, STUDY)
+    built = comparisons(results, STUDY) + authors_victim(results, STUDY)
     built += if_present(results, PAPER, "main", lambda: gallery(results, STUDY, "main"))
     built += if_present(results, PAPER, "main", lambda: inverted(results))
     built += if_present(results, PAPER, "main", lambda: projection(results, smoke))

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure as Canvas
 from figures.comparison import (
     ablation,
     attention_maps,
+    authors_victim,
     clean_fraction,
     comparisons,
     gallery,
@@ -23,7 +24,7 @@ from tables.nad import CONTROL, FACTORS, PAPER, STUDY, history
 
 def figures(results: Results, smoke: bool = False) -> list[Figure]:
     """Every figure whose runs are at hand. At smoke scale nothing published is drawn in."""
-    built = comparisons(results, STUDY)
+    built = comparisons(results, STUDY) + authors_victim(results, STUDY)
     built += if_present(results, PAPER, "clean-fraction", lambda: clean_fraction(results, STUDY))
     built += if_present(results, PAPER, "beta", lambda: beta(results))
     built += if_present(results, PAPER, "curves", lambda: training_curves(results, smoke))

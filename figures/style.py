@@ -173,6 +173,23 @@ def dots(data: pd.DataFrame, row: str, series: str | None, measures: Sequence[st
     return figure
 
 
+def seed_dots(data: pd.DataFrame, runs: pd.DataFrame, theirs: pd.DataFrame, row: str,
+              measures: Sequence[str]) -> Canvas:
+    """A line per `row`, a panel per measure: the mean with its interval, below it a faint dot per run, above it a
+    triangle for each published value. runs, theirs: columns `row`, measure, value."""
+    figure = dots(data, row, None, measures)
+    names = list(dict.fromkeys(data[row]))
+
+    def scatter(axis: Axes, part: pd.DataFrame, raised: float, **style: object) -> None:
+        axis.scatter(part.value, [names.index(name) - raised for name in part[row]], linewidth=0, **style)
+
+    for axis, measure in zip(figure.axes, measures, strict=True):
+        scatter(axis, runs[runs.measure == measure], -0.27, s=9, color="0.2", alpha=0.35, zorder=1)
+        scatter(axis, theirs[theirs.measure == measure], 0.3, s=22, marker="v", color="crimson", zorder=3)
+    limits(figure.axes, measures)
+    return figure
+
+
 def lines(data: pd.DataFrame, x: str, series: str, measures: Sequence[str], xlabel: str,
           categories: Sequence[str] | None = None, band: bool = False) -> Canvas:
     """A line per `series` over x (numbers, or named `categories` in order), a panel per measure, 95 % intervals."""

@@ -12,7 +12,7 @@ from tables.comparison import bounds, rows
 from tables.layout import PUBLISHED, estimate, grouped, measured, present, table
 from tables.render import MISSING, Table, Value, heading
 
-ROUNDING = 0.005        # published values have two decimals
+ROUNDING = 0.01         # published values have two decimals, rounded or cut off
 WIDE = 20.0             # points: an interval wider than this agrees with almost anything
 
 

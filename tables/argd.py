@@ -7,12 +7,23 @@ import pandas as pd
 from reproduce.protocols.argd import CONTROL, NODES, PAPER
 from reproduce.results import Results
 from tables.against_published import published
-from tables.comparison import Factor, Study, ablation, clean_fraction, cost, details, grids, if_present, rows
+from tables.comparison import (
+    Factor,
+    Study,
+    ablation,
+    authors_victim,
+    clean_fraction,
+    cost,
+    details,
+    grids,
+    if_present,
+    rows,
+)
 from tables.layout import SPREAD, estimates, printed, table
 from tables.render import Table, Value
 
 STUDY = Study(
-    PAPER, "ARGD", (NODES, CONTROL),
+    PAPER, "ARGD", (NODES, CONTROL, "FT"),
     {("main", "described"): ("main", "NAD's victims, ARGD as described"),
      ("main-released", "released"): ("main-released", "attacks, teacher and ARGD as in its released code")},
     {"main": "NAD's victims", "main-released": "attacks as in the released code"})
@@ -22,7 +33,7 @@ FACTORS = (
     Factor("variants", "variant", "Variant", "Described and released settings side by side."),
 )
 # Items that hold runs to compare with the authors' own numbers, and on whose victim.
-VICTIMS = {"main": "our victim", "main-released": "our victim"}
+VICTIMS = {"authors-victim": "authors' victim", "main": "our victim", "main-released": "our victim"}
 
 
 def tables(results: Results, smoke: bool = False) -> list[Table]:
@@ -31,6 +42,7 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     built += clean_fraction(results, STUDY)
     for factor in FACTORS:
         built += ablation(results, STUDY, factor)
+    built += authors_victim(results, STUDY)
     built += if_present(results, PAPER, "main", lambda: term_sizes(results))
     built += if_present(results, PAPER, "main", lambda: cost(results, STUDY))
     return [replace(entry, name=f"{PAPER}-{entry.name}") for entry in built if len(entry.frame)]

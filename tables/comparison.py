@@ -28,12 +28,14 @@ from tables.layout import (
 )
 from tables.render import MISSING, Table, Value, heading
 
+AUTHORS_VICTIM = "the checkpoint its authors published"
+
 
 @dataclass(frozen=True)
 class Study:
     """A paper's comparison; its entries are labelled attack, defense and variant (a victim has no variant).
 
-    controls: rows that the other defenses are tested against, e.g. the method without its own term.
+    controls: rows that the other defenses are tested against, e.g. the method without its own term; plain fine-tuning.
     main: {(item, variant): (table name, title)} of the attack grids, in the report's order.
     attacks: {item: which attacks it holds, in words}.
     tall: too many defenses to stand side by side: a table per measure of `grid`, a row per defense.
@@ -107,6 +109,23 @@ def details(results: Results, study: Study) -> list[Table]:
     return built
 
 
+def authors_victim(results: Results, study: Study) -> list[Table]:
+    """The defenses on the checkpoint that the paper's authors published, and tests against the controls."""
+    item = "authors-victim"
+
+    def measures() -> Table:
+        frame = rows(results, study.paper, item, "attack", "defense", "variant")
+        return listing(results, frame, {"defense": "Defense", "variant": "Settings"}, name=item,
+                       title=f"{study.name}: the defenses on {AUTHORS_VICTIM}",
+                       caption="BadNets. The victim is one file for all seeds; a seed fixes the clean subset and what "
+                               "the defenses draw, so the spread is theirs and says nothing of other victims.")
+
+    built = if_present(results, study.paper, item, measures)
+    for control in study.controls:
+        built += if_present(results, study.paper, item, lambda c=control: significance(results, study, item, c))
+    return built
+
+
 def complete(results: Results, study: Study, item: str) -> Table:
     """Every measure of every attack, defense and variant."""
     frame = rows(results, study.paper, item, "attack", "defense", "variant")
@@ -168,7 +187,7 @@ def significance(results: Results, study: Study, item: str, control: str) -> Tab
     # The first control's table has the plain name.
     number = study.controls.index(control)
     return table(f"{item}-significance{f'-{number + 1}' if number else ''}",
-                 f"{study.name}: each defense against {control}, {study.attacks[item]}",
+                 f"{study.name}: each defense against {control}, {study.attacks.get(item, f'on {AUTHORS_VICTIM}')}",
                  f"Defense minus {control} with the same settings, in points: mean over attacks with a 95 % "
                  "hierarchical bootstrap interval. p: exact two-sided Wilcoxon signed-rank test over (attack, seed) "
                  "pairs, which takes the seeds of an attack as independent; p over attacks: the same on one mean "

@@ -7,7 +7,18 @@ import pandas as pd
 
 from reproduce.results import Results
 from tables.against_published import published, published_values
-from tables.comparison import Factor, Study, ablation, clean_fraction, cost, details, grids, if_present, rows
+from tables.comparison import (
+    Factor,
+    Study,
+    ablation,
+    authors_victim,
+    clean_fraction,
+    cost,
+    details,
+    grids,
+    if_present,
+    rows,
+)
 from tables.layout import SPREAD, estimates, grouped, listing, measured, printed, table
 from tables.render import MISSING, Table, Value, heading
 
@@ -15,7 +26,7 @@ PAPER = "nad"
 CONTROL = "NAD (beta = 0)"
 VARIANTS = ("described", "released")
 STUDY = Study(
-    PAPER, "NAD", (CONTROL,),
+    PAPER, "NAD", (CONTROL, "FT"),
     {("main", "described"): ("main", "attacks and defenses as described"),
      ("main", "released"): ("main-released-defenses", "attacks as described, defenses with released settings"),
      ("main-released", "released"): ("main-released", "attacks and defenses as in the released code")},
@@ -39,7 +50,7 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     for factor in FACTORS:
         built += ablation(results, STUDY, factor)
     built += if_present(results, PAPER, "augmentation", lambda: augmentation(results))
-    built += if_present(results, PAPER, "authors-victim", lambda: authors_victim(results))
+    built += authors_victim(results, STUDY)
     built += if_present(results, PAPER, "curves", lambda: epochs(results, smoke))
     built += if_present(results, PAPER, "main", lambda: cost(results, STUDY))
     return [replace(entry, name=f"{PAPER}-{entry.name}") for entry in built if len(entry.frame)]
@@ -50,14 +61,6 @@ def augmentation(results: Results) -> Table:
     return listing(results, rows(results, PAPER, "augmentation", "victim", "defense"),
                    {"victim": "Victim's training", "defense": "Defense"}, within=["victim"], name="augmentation",
                    title="NAD: augmentation in the victim's training", caption="BadNets; marks within a victim.")
-
-
-def authors_victim(results: Results) -> Table:
-    """The defenses on the checkpoint that the authors published."""
-    return listing(results, rows(results, PAPER, "authors-victim", "defense"), {"defense": "Defense"},
-                   name="authors-victim", title="NAD: the defenses on the authors' published victim",
-                   caption="BadNets, released settings. The victim is one file for all seeds; a seed fixes the clean "
-                           "subset and the order of training.")
 
 
 def history(results: Results) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Every paper's tables, figures and claims, from its whole protocol with made-up runs."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import figures.argd
 import figures.cross
 import figures.mcldef
+import figures.nad
 import tables.argd
 import tables.cross
 import tables.mcldef
+import tables.nad
 from reproduce import claims
 from reproduce.claims import criteria
 from reproduce.protocols import PROFILES, Profile, entries
@@ -50,10 +53,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
 
 TABLES = {
     "argd": {"main", "published", "main-complete", "main-averages", "main-significance", "main-significance-2",
-             "clean-fraction", "teacher", "terms", "variants", "term-sizes", "cost"},
+             "main-significance-3", "clean-fraction", "teacher", "terms", "variants", "term-sizes", "cost"},
     "mcldef": {"main", "main-acc", "published", "triggers", "target-class", "main-complete", "main-averages",
-               "main-significance", "main-significance-2", "clean-fraction", "temperature", "inversion", "variants",
-               "anp-threshold", "cost"},
+               "main-significance", "main-significance-2", "main-significance-3", "clean-fraction", "temperature",
+               "inversion", "variants", "anp-threshold", "cost"},
     "cross": {"asr", "acc", "ra", "ranks", "cost"},
 }
 FIGURES = {
@@ -135,6 +138,56 @@ def test_up_to_is_reached_or_ruled_out(tmp_path: Path) -> None:
     assert criteria.up_to(found, table, "MCLDef", "Before", "asr", 90.0, attacks).outcome == criteria.SUPPORTED
     assert criteria.up_to(found, table, "FT", "Before", "asr", 95.79, attacks).outcome == criteria.REFUTED
     assert criteria.up_to(found, table, "FT", "Before", "asr", 95.79, (*attacks, "SIG")).outcome == criteria.UNDECIDED
+
+
+AUTHORS = "authors-victim"
+# (ACC, ASR) of the made-up runs on the checkpoints that authors published.
+PUBLISHED = {"Before": (83, 99), "FT": (82, 30), "NAD": (82, 4), "NAD (beta = 0)": (82, 4), "ARGD": (81, 4),
+             "NAD, betas 2000/5000/2000": (81, 4), "MCLDef": (82, 2)}
+
+
+@pytest.mark.parametrize(("module", "drawn"), [(tables.nad, figures.nad), (tables.argd, figures.argd),
+                                               (tables.mcldef, figures.mcldef)], ids=lambda m: m.__name__)
+def test_checkpoints_that_authors_published(module, drawn, tmp_path: Path) -> None:
+    """All the items, figures and claims that need nothing else; a run that fails leaves the others. Of three controls
+    under Holm, six seeds could support none."""
+    paper, controls = module.PAPER, module.STUDY.controls
+    found = entries(replace(PROFILES["paper"], seeds=tuple(range(8))), [paper], [AUTHORS])
+    store = Store(tmp_path)
+    for entry in found:
+        acc, asr = PUBLISHED.get(entry.labels["defense"], (82, 20))
+        if entry.labels["defense"] != "NAD" or entry.task.seed < 5:
+            write_run(store, entry.task, acc, asr, entry.task.seed if entry.labels["defense"] != "Before" else 0)
+    results = Results(store, found)
+    built = {table.name.removeprefix(f"{paper}-"): table for table in module.tables(results)}
+    wanted = [f"{AUTHORS}-significance{f'-{n}' if n > 1 else ''}" for n in range(1, len(controls) + 1)]
+    assert {AUTHORS, "published", *wanted} == built.keys() - {"published-peers"}
+    shown = built[AUTHORS].frame.set_index("Defense")
+    assert str(shown.loc["NAD", "n"]) == "5" and str(shown.loc["Before", "n"]) == "8"
+    ours = built["published"].frame
+    assert any("Before, authors' victim" in str(value) for value in ours[("", "Reproduced as")])
+    figure = next(one for one in drawn.figures(results) if one.name == f"{paper}-{AUTHORS}")
+    figure.write(tmp_path)
+    assert set(figure.data.what) == {"run", "published"} and (figure.data.what == "published").sum() >= 4
+    said = {claim.statement: claim for claim in claims.claims(results, PROFILES["paper"])}
+    of_paper = {text: claim for text, claim in said.items() if text.startswith("On the checkpoint its authors")}
+    assert len(of_paper) == len(controls)
+    against = {claim.checks[0].subject: claim.verdict for claim in of_paper.values()}
+    method = module.STUDY.name
+    # NAD lacks three seeds, and five pairs decide nothing.
+    assert against[f"{method} against FT"] == (criteria.UNDECIDED if method == "NAD" else criteria.SUPPORTED)
+    if method == "ARGD":
+        assert against["ARGD against NAD, betas 2000/5000/2000"] == criteria.REFUTED
+
+
+def test_only_the_full_scale_has_the_authors_checkpoints() -> None:
+    for name, profile in PROFILES.items():
+        at_all = [e for paper in ("nad", "argd", "mcldef") for e in entries(profile, [paper]) if e.item == AUTHORS]
+        assert not at_all, f"{name}: on request only"
+    asked = entries(PROFILES["paper"], ["nad", "argd", "mcldef"], [AUTHORS])
+    assert {entry.paper for entry in asked} == {"nad", "argd", "mcldef"} and all(e.on_request for e in asked)
+    normalised = {entry.paper: entry.task.victim.published.normalised for entry in asked}
+    assert normalised == {"nad": None, "argd": None, "mcldef": "cifar10"}
 
 
 @pytest.mark.parametrize("paper", ["mcldef", "cross"])

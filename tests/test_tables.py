@@ -52,6 +52,13 @@ def test_seconds_count_the_run_that_a_cell_starts_from(tmp_path: Path) -> None:
         write_run(store, task, 90, 9, seed=place)       # a second each
     seconds = Results(store, entries).frame("mcldef", "main").set_index("defense").seconds
     assert seconds.to_dict() == {"NC": 1, mcldef.METHOD: 1, mcldef.ESTIMATED: 2}, "its masks are those of NC's run"
+    for phase, total in (("purification", 2), ("inversion", 1)):
+        control = next(entry for entry in mcldef.entries(dataclasses.replace(PROFILES["paper"], seeds=(0,)))
+                       if entry.labels.get("defense") == mcldef.RANDOM and entry.labels["attack"] == "BadNets")
+        own = Results(Store(tmp_path / phase), [control])
+        for task, begins in ((tasks[mcldef.METHOD], "inversion"), (control.task, phase)):
+            write_run(own.store, task, 90, 9, seed=1, history=[{"phase": begins, "epoch": 1}])
+        assert own.frame("mcldef", "main").seconds.tolist() == [total], "a run that inverted by itself took all of it"
     without = Results(Store(tmp_path / "other"), entries)
     write_run(without.store, tasks[mcldef.ESTIMATED], 90, 9, seed=0)
     assert without.frame("mcldef", "main").seconds.isna().all(), "not known without NC's"
@@ -112,9 +119,9 @@ def test_absent_items_are_skipped(tmp_path: Path) -> None:
 def test_every_item_has_its_table(tables: dict[str, render.Table]) -> None:
     assert set(tables) == {f"nad-{name}" for name in (
         "main", "main-released-defenses", "main-released", "published", "published-peers", "main-complete",
-        "main-averages", "main-significance", "main-released-complete", "main-released-averages",
-        "main-released-significance", "clean-fraction", "attention", "distillation", "teacher", "beta", "variants",
-        "augmentation", "epochs", "cost")}
+        "main-averages", "main-significance", "main-significance-2", "main-released-complete",
+        "main-released-averages", "main-released-significance", "main-released-significance-2", "clean-fraction",
+        "attention", "distillation", "teacher", "beta", "variants", "augmentation", "epochs", "cost")}
 
 
 def test_estimate_of_one_seed_is_wilsons(two: Results) -> None:

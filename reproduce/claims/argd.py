@@ -11,6 +11,7 @@ from reproduce.claims.criteria import (
     compared,
     defenses,
     finished,
+    on_authors_victim,
     up_to,
 )
 from reproduce.protocols.argd import CONTROL, NODES, PAPER
@@ -47,4 +48,5 @@ def claims(results: Results) -> list[Claim]:
         found.append(claim(PAPER, f"{one.subject}-adds", statements[one.subject], "control for the abstract's claim",
                            f"ARGD minus \"{one.control}\" on the same victims, working backdoors only, paired by "
                            "attack and seed. " + ADDS.format(family="both controls"), [check], one.runs))
+    found += on_authors_victim(results, STUDY, "described", [("ARGD", NODES), ("ARGD", CONTROL), ("ARGD", "FT")])
     return found

@@ -221,6 +221,24 @@ def _adds(one: Compared, p: float) -> Check:
                  interval.mean, interval.low, interval.high, len(one.paired), p)
 
 
+def on_authors_victim(results: Results, study: Study, variant: str,
+                      comparisons: Sequence[tuple[str, str]]) -> list[Claim]:
+    """Whether each (defense, control) shows what it should on the one checkpoint that the authors published; nothing
+    where the protocol's entries do not include it."""
+    rows = defenses(results, study, variant, "authors-victim")
+    if not rows:
+        return []
+    family = [compared(rows, f"{defense} against {control}", defense, control) for defense, control in comparisons]
+    return [claim(study.paper, f"authors-victim-{number}",
+                  f"On the checkpoint its authors published, {defense} leaves less ASR than {control}.",
+                  "control for the abstract's claims",
+                  f"{defense} minus {control} on that one checkpoint, paired by seed, which fixes the clean subset and "
+                  "what the defenses draw: nothing is said of other victims. "
+                  + ADDS.format(family=f"the paper's {len(family)} such controls"), [check], one.runs)
+            for number, ((defense, control), one, check) in enumerate(
+                zip(comparisons, family, adds(family), strict=True), 1)]
+
+
 def up_to(results: Results, rows: dict[str, pd.DataFrame], defense: str, base: str, measure: str, wanted: float,
           attacks: Sequence[str]) -> Check:
     """"Up to `wanted` %" less ASR or more ACC than `base`, on the attacks that took: the largest gain over them, as a

@@ -19,6 +19,7 @@ from reproduce.claims.criteria import (
     defenses,
     finished,
     loses_less,
+    on_authors_victim,
     up_to,
 )
 from reproduce.protocols.mcldef import ATTACKS, CROSS_ENTROPY, METHOD, PAPER, RANDOM
@@ -63,6 +64,7 @@ def claims(results: Results) -> list[Claim]:
         found.append(claim(PAPER, f"{one.subject}-adds", statements[one.subject], "control for the abstract's claim",
                            f"MCLDef minus \"{one.control}\" on the same victims, working backdoors only, paired by "
                            "attack and seed. " + ADDS.format(family="both controls"), [check], one.runs))
+    found += on_authors_victim(results, STUDY, "released", [(METHOD, RANDOM), (METHOD, CROSS_ENTROPY), (METHOD, "FT")])
     return found
 
 

@@ -24,6 +24,7 @@ from reproduce.claims.criteria import (
     erases,
     finished,
     loses_less,
+    on_authors_victim,
 )
 from reproduce.results import Results
 from reproduce.statistics import t_interval, wilcoxon
@@ -61,6 +62,7 @@ def claims(results: Results) -> list[Claim]:
             f"control for the abstract's claim; {read['control']['source']} observes the contrary",
             f"NAD minus {CONTROL} on the same victims, working backdoors only, paired by attack and seed. "
             + ADDS.format(family="both settings"), [check], one.runs))
+    found += on_authors_victim(results, STUDY, "released", [("NAD", CONTROL), ("NAD", "FT")])
     return [*found, _augmentation(results)]
 
 
