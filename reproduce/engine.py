@@ -30,6 +30,8 @@ from reproduce.store import Store
 
 # Images per second one CPU core takes forwards through WRN-16-1; only for the first estimate of time left.
 FORWARD_RATE = 2300.0
+# Seconds beside a run's work: loading, the final evaluation, its files; likewise.
+OVERHEAD = 0.6
 
 
 @dataclass
@@ -67,8 +69,8 @@ def expected(tasks: list[Task], store: Store) -> dict[str, float]:
                 spent[kind][0] += found["seconds"] + found["info"].get("judging_seconds", 0.0)
                 spent[kind][1] += cost(task)
     paces = {kind: seconds / work for kind, (seconds, work) in spent.items()}
-    return {task.name: cost(task) * next((paces[kind] for kind in _kinds(task) if kind in paces), 1 / FORWARD_RATE)
-            for task in tasks}
+    return {task.name: OVERHEAD + cost(task) * next((paces[kind] for kind in _kinds(task) if kind in paces),
+                                                    1 / FORWARD_RATE) for task in tasks}
 
 
 def _kinds(task: Task) -> list[tuple[str, ...]]:
@@ -108,8 +110,10 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
         running: dict[Future, str] = {}
         deaths: set[str] = set()
         while waiting or running:
-            _drop_orphans(waiting, outcome, say)
-            for name in _ready(waiting, running, deaths):
+            if outcome.failed:
+                _drop_orphans(waiting, outcome, say)
+            # Looking for what is ready takes a driver of hundreds of tasks a tenth of a core: only where there is room.
+            for name in _ready(waiting, running, deaths) if len(running) < workers.jobs else ():
                 # After a crash its suspects run one at a time, so that the next one names the culprit.
                 alone = bool(running) and not deaths.isdisjoint((name, *running.values()))
                 if len(running) >= workers.jobs or alone:

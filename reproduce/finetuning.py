@@ -16,6 +16,7 @@ from reproduce.rng import derive, generator
 from reproduce.training import Checkpoint, Observer, flat_state, restore, silent
 
 PART = 8    # sentences of a batch that go through the model together on a CPU
+NARROW = 128    # hidden units: in fewer, padding costs less than more calls
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _epoch(model: TextClassifier, tokens: Tokens, labels: Tensor, recipe: TextRe
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate_at(epoch * len(starts) + number, len(starts))
             optimizer.zero_grad()
-            for part in _parts(index, tokens, model.device):
+            for part in _parts(index, tokens, model):
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                     logits = model(*model.batch([tokens[i] for i in part]))
                 loss = F.cross_entropy(logits.float(), labels[part], reduction="sum")
@@ -118,10 +119,11 @@ def _epoch(model: TextClassifier, tokens: Tokens, labels: Tensor, recipe: TextRe
             "train_acc": 100 * correct / count}
 
 
-def _parts(index: list[int], tokens: Tokens, device: torch.device) -> list[list[int]]:
+def _parts(index: list[int], tokens: Tokens, model: TextClassifier) -> list[list[int]]:
     """A batch in parts of similar length on a CPU, which saves it the padding; their gradients add up to the batch's.
 
-    On a GPU, bound by launches rather than by padding, the batch as it is.
+    On a GPU, bound by launches rather than by padding, and of a narrow model the batch as it is.
     """
-    rows = PART if device.type == "cpu" else len(index)
+    whole = model.device.type != "cpu" or model.network.config.hidden_size < NARROW
+    rows = len(index) if whole else PART
     return [[index[i] for i in part] for part in by_length([tokens[i] for i in index], rows)]

@@ -1,5 +1,6 @@
 """Every command the README gives is run, as written but for what is named below."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from reproduce.cli import main
 from reproduce.models import build
 from tests.defenses.text_victim import save_suspect
 
@@ -27,10 +30,13 @@ ALL = [*DRIVER, *CHECKPOINT, *PURIFY, *REBUILD, *COMPARE, "./run_tests.sh"]
 
 
 def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """The command in a shell's words, with this Python, in `folder`."""
+    """The command in a shell's words, with this Python (and in this process if it is Python's), in `folder`."""
     words = shlex.split(command)
     if words[0] == "python":
-        words[0] = sys.executable
+        assert words[1:3] == ["-m", "reproduce"]
+        with contextlib.chdir(folder):
+            done = CliRunner().invoke(main, [*words[3:], *more], env={"CI": "true"})
+        return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "CI": "true"}
     return subprocess.run([*words, *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
 

@@ -27,9 +27,9 @@ from reproduce.models.wide_resnet import WideResNet
 from reproduce.rng import derive
 
 # name: (class, its arguments before num_classes)
-ARCHITECTURES: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+ARCHITECTURES: dict[str, tuple[type[nn.Module], tuple[float, ...]]] = {
     f"wrn-{depth}-{width}": (WideResNet, (depth, width))
-    for depth, width in ((10, 1), (16, 1), (10, 2), (16, 2), (40, 1), (40, 2))
+    for depth, width in ((10, 0.5), (10, 1), (16, 1), (10, 2), (16, 2), (40, 1), (40, 2))
 } | {
     "resnet-18": (ResNet18, ()),
     "preact-resnet-18": (PreActResNet18, (64,)),

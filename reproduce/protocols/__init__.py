@@ -130,7 +130,7 @@ def shorten(recipe: Recipe, epochs: int | None) -> Recipe:
 PROFILES = {
     profile.name: profile for profile in (
         Profile("quick", "smoke scale: embedded digits and sentences, shortened victims; shows that everything runs, "
-                         "says nothing about the papers", "digits", "wrn-10-1", (0, 1), clean_fraction=0.10,
+                         "says nothing about the papers", "digits", "wrn-10-0.5", (0, 1), clean_fraction=0.10,
                 victim_epochs=6, defense_epochs=4, smoke=True, preact="preact-resnet-18-w8",
                 elsewhere=(), texts=("sentences",), encoder=TINY),
         Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, two seeds: a night on a laptop; FMP on a narrow "

@@ -180,6 +180,7 @@ def test_minilm_from_its_package() -> None:
 
 def test_a_batch_in_parts_has_the_gradients_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without dropout; and one step with all sentences at once is one with eight at a time."""
+    monkeypatch.setattr(finetuning, "NARROW", 0)
     found = []
     for rows in (8, 10_000):
         monkeypatch.setattr(finetuning, "PART", rows)
@@ -196,8 +197,10 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole_batch(monkeypatch: pyte
     assert rows_of_parts[0]["train_acc"] == rows_of_whole[0]["train_acc"]
 
 
-def test_one_step_is_the_textbook_one() -> None:
-    """AdamW on the clipped gradient of the mean loss, also of the words, which arrive part by part."""
+@pytest.mark.parametrize("narrow", [0, finetuning.NARROW])
+def test_one_step_is_the_textbook_one(monkeypatch: pytest.MonkeyPatch, narrow: int) -> None:
+    """AdamW on the clipped gradient of the mean loss, also of the words, which may arrive part by part."""
+    monkeypatch.setattr(finetuning, "NARROW", narrow)
     recipe = replace(RECIPE, epochs=1, warmup=0, batch=20, keep_best=False, epsilon=1e-3)
     ours, theirs = tiny(), tiny()
     for model in (ours, theirs):
