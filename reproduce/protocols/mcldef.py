@@ -60,7 +60,7 @@ BRIEF_ROWS = [row("FT", "released", "nad"), row("NAD", "released", "nad"), *OWN_
 AUTHORS_VICTIM = Published(
     "checkpoints/mcldef/WRN-16-1-badnet.pth.tar", "050fe7b8dd555ccd35421c97e981833510fe82b5c95c5d68ae07e461c7a38e2e",
     "weight/CIFAR10/WRN-16-1-badnet.pth.tar of github.com/Zhihao151/MCL at 1ce3f44", "cifar10")
-AUTHORS_ROWS = [*MAIN_ROWS, Row(EARLIER, "released", "mcldef", mcldef.SETTINGS[PAPER, "released-2022"])]
+AUTHORS_ROWS = [*BRIEF_ROWS, Row(EARLIER, "released", "mcldef", mcldef.SETTINGS[PAPER, "released-2022"])]
 
 TEMPERATURES = (0.1, 0.25, 0.5, 1.0, 2.0)
 INVERSIONS = {

@@ -3,6 +3,7 @@
 import multiprocessing
 import shutil
 import time
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_a_failure_is_kept_until_the_run_succeeds(tmp_path: Path) -> None:
     assert store.status("run") == "done" and store.failure("run") is None
 
 
-def _hold(root: Path, seconds: float, order: "multiprocessing.Queue") -> None:
+def _hold(root: Path, seconds: float, order: "SimpleQueue[str]") -> None:
     with Store(root).lock("run"):
         order.put("in")
         time.sleep(seconds)
@@ -82,16 +83,19 @@ def _hold(root: Path, seconds: float, order: "multiprocessing.Queue") -> None:
 
 def test_a_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    order = context.Queue()
+    order = context.SimpleQueue()       # what is put is there at once, however busy the machine
     holders = [context.Process(target=_hold, args=(tmp_path, 0.3, order)) for _ in range(2)]
     for holder in holders:
         holder.start()
     for holder in holders:
         holder.join()
-    assert [order.get(timeout=5) for _ in range(4)] == ["in", "out", "in", "out"]
+        assert holder.exitcode == 0
+    assert [order.get() for _ in range(4)] == ["in", "out", "in", "out"]
     sleeper = context.Process(target=_hold, args=(tmp_path, 600, order))
     sleeper.start()
-    assert order.get(timeout=30) == "in"
+    while order.empty() and sleeper.is_alive():
+        time.sleep(0.01)
+    assert order.get() == "in"
     sleeper.kill()
     with Store(tmp_path).lock("run"):
         pass
