@@ -133,7 +133,7 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset()
 
 
-def builds_on(config: Config) -> tuple[str, "nc.Config | Config"] | None:
+def builds_on(config: Config) -> tuple[str, nc.Config | Config] | None:
     """Where the target is to be found: Neural Cleanse, whose masks of all classes tell it. Where it is told: the plain
     settings of this inversion, whose trigger the controls and every temperature share."""
     if config.target is None:
