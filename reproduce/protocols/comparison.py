@@ -81,19 +81,24 @@ def comparison(profile: Profile, paper: str, item: str, on: Victim, labels: dict
     return found
 
 
-def on_published(profile: Profile, paper: str, checkpoint: Published, settings: str, seed: int,
-                 rows: list[Row]) -> list[Entry]:
-    """The defenses on the very BadNets checkpoint that a paper's authors published, where the data root has it; at
-    scales that have its data set and architecture. settings: whose trigger it answers to.
+def published_victim(profile: Profile, checkpoint: Published, settings: str, seed: int) -> Victim | None:
+    """The very BadNets checkpoint that a paper's authors published, if the profile has its data set and architecture.
+    settings: whose trigger it answers to.
 
     The victim is one file for all seeds: a seed fixes the clean subset and what the defenses draw.
     """
     if (profile.dataset, profile.model) != ("cifar10", "wrn-16-1"):
-        return []
-    on = Victim(profile.dataset, profile.model, None, seed, "badnets",
-                attack_module("badnets").SETTINGS[settings, "released"], checkpoint)
-    return [replace(entry, on_request=True)
-            for entry in comparison(profile, paper, "authors-victim", on, {"attack": "BadNets"}, rows)]
+        return None
+    return Victim(profile.dataset, profile.model, None, seed, "badnets",
+                  attack_module("badnets").SETTINGS[settings, "released"], checkpoint)
+
+
+def on_published(profile: Profile, paper: str, checkpoint: Published, settings: str, seed: int,
+                 rows: list[Row]) -> list[Entry]:
+    """The defenses on the checkpoint that the paper's authors published, where the data root has it."""
+    on = published_victim(profile, checkpoint, settings, seed)
+    return [replace(entry, on_request=True) for entry in (
+        comparison(profile, paper, "authors-victim", on, {"attack": "BadNets"}, rows) if on else ())]
 
 
 def fractions(profile: Profile, paper: str, on: Victim, rows: list[Row]) -> list[Entry]:

@@ -6,6 +6,9 @@ clean data, as FMP's released settings have; the released settings of the others
 
 A profile that cannot train PreAct-ResNet18 takes a narrower one. Then one map in 64 is less than one map of a layer, so
 p is scaled with the width and as many maps are pruned per layer as the paper's network would lose.
+
+What each fault of the released script is worth is also asked of the checkpoints that the authors of NAD, ARGD and
+MCLDef published: WRN-16-1, trained in full by others, which cost no training here.
 """
 
 from dataclasses import fields, is_dataclass, replace
@@ -15,8 +18,8 @@ from defenses import anp, fmp
 from reproduce.cells import Victim
 from reproduce.data.augment import Augment
 from reproduce.poisoning import attack_module
-from reproduce.protocols import Entry, Profile
-from reproduce.protocols.comparison import Row, cell, comparison, fractions, row, sweep
+from reproduce.protocols import Entry, Profile, argd, mcldef, nad
+from reproduce.protocols.comparison import Row, cell, comparison, fractions, published_victim, row, sweep
 from reproduce.training import Cosine, Recipe
 
 PAPER = "fmp"
@@ -39,8 +42,11 @@ SMOKE_ATTACKS = ("BadNets", "Low-frequency", "SSBA")
 SMOKE_FAULTS = ("noise", "rotated", "leak")
 RATES = (0.001, 0.01, 0.05, 0.1)
 
-# PreAct-ResNet18 by width: the first layer's channels, of which the paper's p = 64 prunes one.
-WIDTHS = {"preact-resnet-18": 64, "preact-resnet-18-w16": 16, "preact-resnet-18-w8": 8}
+# By architecture the first layer's channels; of PreAct-ResNet18's the paper's p = 64 prunes one.
+WIDTHS = {"preact-resnet-18": 64, "preact-resnet-18-w16": 16, "preact-resnet-18-w8": 8, "wrn-16-1": 16}
+# label: (the file, whose trigger it answers to)
+PUBLISHED = {"NAD's": (nad.AUTHORS_VICTIM, "nad"), "ARGD's": (argd.AUTHORS_VICTIM, "argd"),
+             "MCLDef's": (mcldef.AUTHORS_VICTIM, "nad")}
 # Where victims are shortened, so are the 100 epochs of BackdoorBench's baselines, to FMP's own 10, ANP's 2,000
 # iterations, and the scoring images: there are 5,000 on CIFAR-10, each of which goes through the network three times a
 # map. Neural Cleanse, with 80 epochs for each of ten classes, is left to the full protocol and to the smoke scale.
@@ -50,6 +56,12 @@ _DESCRIBED, _RELEASED = (fmp.SETTINGS[PAPER, variant] for variant in ("described
 # The released start noise elsewhere: config/defense/feature/{cifar100,gtsrb}.yaml of ASE2023Paper/FMT@3df9827.
 NOISE = {"cifar100": 0.03, "gtsrb": 0.03}
 CONTROLS = {NO_PRUNING: "no-pruning", RANDOM: "random", IDLE: "activation"}
+# In a table of faults: the victim, and the two methods with the choice of maps replaced.
+BEFORE_ANY = "none: the victim"
+UNCHOSEN = {"described, random maps": fmp.SETTINGS[PAPER, "random"],
+            "described, least active maps": fmp.SETTINGS[PAPER, "activation"],
+            "described, no pruning": fmp.SETTINGS[PAPER, "no-pruning"],
+            "released, no pruning": replace(_RELEASED, select="none")}
 # RNP and FT-SAM came after the code that FMP's stands on: their own settings.
 BASELINE_ROWS = [*(row(label, "described", PAPER) for label in ("FT", "FP", "NAD", "ANP", "CLP")),
                  row("I-BAU", "described", PAPER, "ibau"), row("NC", "described", PAPER),
@@ -79,9 +91,12 @@ def departure(profile: Profile) -> str:
 
 def entries(profile: Profile) -> list[Entry]:
     """Every run of the paper at this scale."""
-    profile = replace(profile, model=profile.preact, clean_fraction=0.10,
+    published = replace(profile, clean_fraction=0.10)
+    profile = replace(published, model=profile.preact,
                       defense_epochs=profile.defense_epochs or (SHORT_EPOCHS if profile.victim_epochs else None))
     found: list[Entry] = []
+    for seed in profile.seeds:
+        found += _published_faults(published, seed)
     for seed in filter(profile.sweeps, profile.seeds):      # a second seed of the smoke scale would take too long
         found += _main(profile, "main", seed)
         found += _five_percent(profile, seed) + _faults(profile, seed) + _sweeps(profile, seed)
@@ -157,13 +172,30 @@ def _five_percent(profile: Profile, seed: int) -> list[Entry]:
 
 
 def _faults(profile: Profile, seed: int) -> list[Entry]:
-    """What each fault of the released script is worth: added to the described method, taken from the released one."""
+    """What each fault of the released script is worth, on own victims."""
+    return [entry for label in (SMOKE_ATTACKS[:1] if profile.smoke else SMOKE_ATTACKS)
+            for entry in _with_and_without(profile, "faults", fmp_victim(profile, ATTACKS[label], seed), label)]
+
+
+def _published_faults(profile: Profile, seed: int) -> list[Entry]:
+    """The same on checkpoints that others published, and what is left without FMP's choice of maps."""
+    found: list[Entry] = []
+    for label, (checkpoint, settings) in PUBLISHED.items():
+        if on := published_victim(profile, checkpoint, settings, seed):
+            found.append(Entry(PAPER, "published-faults", {"attack": label, "faults": BEFORE_ANY}, on))
+            found += _with_and_without(profile, "published-faults", on, label)
+            found += [Entry(PAPER, "published-faults", {"attack": label, "faults": name},
+                            cell(profile, on, "fmp", _own(profile, config))) for name, config in UNCHOSEN.items()]
+    return [replace(entry, on_request=True) for entry in found]
+
+
+def _with_and_without(profile: Profile, item: str, on: Victim, label: str) -> list[Entry]:
+    """Each fault added to the described method and taken from the released one."""
     shown = SMOKE_FAULTS if profile.smoke else tuple(fmp.FAULTS)
     settings = {"described": _DESCRIBED, **{f"described + {name}": fmp.with_fault(name) for name in shown},
                 "released": _RELEASED, **{f"released - {name}": fmp.without_fault(name) for name in shown}}
-    return [Entry(PAPER, "faults", {"attack": label, "faults": name},
-                  cell(profile, fmp_victim(profile, ATTACKS[label], seed), "fmp", _own(profile, config)))
-            for label in (SMOKE_ATTACKS[:1] if profile.smoke else SMOKE_ATTACKS) for name, config in settings.items()]
+    return [Entry(PAPER, item, {"attack": label, "faults": name}, cell(profile, on, "fmp", _own(profile, config)))
+            for name, config in settings.items()]
 
 
 def _sweeps(profile: Profile, seed: int) -> list[Entry]:
