@@ -76,7 +76,7 @@ class Config:
     density: float = 0.032  # config.py:37
     lambda_div: float = 1.0  # config.py:29
     lambda_norm: float = 100.0  # config.py:30
-    mask_epochs: int = field(default=25, metadata={"smoke": 2})  # train.py:406
+    mask_epochs: int = field(default=25, metadata={"smoke": 2, "short": 3})  # train.py:406
     mask_rate: float = 0.01  # config.py:21
     generator_rate: float = 0.01  # config.py:19
     width: int = field(default=32, metadata={"smoke": 8})  # networks/models.py:48

@@ -79,7 +79,7 @@ class Config:
     teacher: Literal["finetune", "scratch"] = "finetune"            # README.md:42
     teacher_model: str | None = None                                # architecture if "scratch"; None: the victim's
     # README.md:42: the student's without distillation
-    teacher_recipe: Recipe = field(default=RECIPE, metadata={"smoke": 1})
+    teacher_recipe: Recipe = field(default=RECIPE, metadata={"smoke": 1, "short": 20})
     recipe: Recipe = RECIPE
 
     def __post_init__(self) -> None:

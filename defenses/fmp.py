@@ -85,7 +85,7 @@ class Config:
 
     eps: float = 1 / 255
     alpha: float = 1 / 255
-    images: int | None = field(default=None, metadata={"smoke": 3})
+    images: int | None = field(default=None, metadata={"smoke": 3, "short": 256})
     p: int = 64                                 # fg:60
     select: Literal["lowest", "random", "activation", "none"] = "lowest"
     keep_beta: bool = True                      # fg:276,282

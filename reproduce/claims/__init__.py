@@ -50,6 +50,6 @@ def scaled(claim: Claim, profile: Profile, departure: str = "") -> Claim:
         note = f"; {claim.outcome} with {departure}: no verdict on the paper"
         return dataclasses.replace(claim, verdict=UNDECIDED if found else claim.outcome, scale=departure,
                                    evidence=claim.evidence + note if found else claim.evidence)
-    if profile.victim_epochs or profile.defense_epochs:
+    if profile.shortened:
         return dataclasses.replace(claim, scale="shortened protocol")
     return dataclasses.replace(claim, scale="exact protocol")

@@ -44,8 +44,8 @@ class Profile:
 
     victim_epochs, defense_epochs: caps on a recipe's epochs, None for the protocol's own; a capped recipe keeps the
     shape of its learning-rate schedule.
-    smoke: take the values that configurations name for it (metadata "smoke" of a field; of a recipe, its epochs) where
-    they are smaller.
+    smoke: for showing that everything runs. Where victims are shortened, a configuration's other numbers are cut to
+    what it names for that (metadata "short" of a field; of a recipe, its epochs), at smoke scale to metadata "smoke".
     dataset, model: of images; preact, elsewhere: the PreAct-ResNet18 of the protocol that is about it, and the data
     sets it goes on to; texts, encoder: the data sets and the encoder of sentences.
     """
@@ -67,17 +67,22 @@ class Profile:
     encoder: str = BERT
 
     @property
+    def shortened(self) -> bool:
+        """Whether this is less than the exact protocol."""
+        return self.victim_epochs is not None
+
+    @property
     def encoder_layers(self) -> int:
         """How many layers the encoder has; unknown ones are taken for BERT's base size."""
         return LAYERS.get(self.encoder, LAYERS[BERT])
 
     def sweeps(self, seed: int) -> bool:
-        """Whether factors are varied at this seed: to show that it runs, one seed is enough."""
-        return not self.smoke or seed == self.seeds[0]
+        """Whether factors are varied at this seed: outside the exact protocol at one alone."""
+        return not self.shortened or seed == self.seeds[0]
 
     def attacks(self, listed: Iterable[str], seed: int) -> list[str]:
         """Those of the listed attacks that are run at this seed: for a second seed to show, two are enough."""
-        return list(listed) if self.sweeps(seed) else list(listed)[:2]
+        return list(listed)[:2] if self.smoke and seed != self.seeds[0] else list(listed)
 
     def values(self, listed: dict[str, Any]) -> dict[str, Any]:
         """Those of a factor's numbers that are run: to show that it is varied, two are enough."""
@@ -99,13 +104,13 @@ class Profile:
         changes: dict[str, Any] = {}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
+            cap = field.metadata.get("smoke" if self.smoke else "short") if self.shortened else None
             if isinstance(value, Recipe | TextRecipe):
-                changes[field.name] = self._recipe(value, field.metadata.get("smoke", epochs) if self.smoke else epochs)
+                changes[field.name] = self._recipe(value, cap or epochs)
             elif dataclasses.is_dataclass(value):
                 changes[field.name] = self._scaled(value, epochs)
-            elif self.smoke and "smoke" in field.metadata:
-                smoke = field.metadata["smoke"]
-                changes[field.name] = smoke if value is None else min(value, smoke)     # None: no limit
+            elif cap:
+                changes[field.name] = cap if value is None else min(value, cap)     # None: no limit
         return dataclasses.replace(config, **changes)
 
     def _recipe(self, recipe: AnyRecipe, epochs: int | None) -> AnyRecipe:
@@ -133,8 +138,8 @@ PROFILES = {
                          "says nothing about the papers", "digits", "wrn-10-0.5", (0, 1), clean_fraction=0.10,
                 victim_epochs=6, defense_epochs=4, smoke=True, preact="preact-resnet-18-w8",
                 elsewhere=(), texts=("sentences",), encoder=TINY),
-        Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, two seeds: a night on a laptop; FMP on a narrow "
-                       "network, with its baselines' epochs, ANP's iterations and the scoring images cut too",
+        Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, what else takes long cut too, two seeds: a night on "
+                       "eight cores; FMP on a narrow network, one seed",
                 "cifar10", "wrn-16-1", (0, 1), victim_epochs=12, preact="preact-resnet-18-w16", elsewhere=("gtsrb",),
                 texts=("sst-2",), encoder=MINILM),
         Profile("paper", "the exact protocol", "cifar10", "wrn-16-1", (0, 1, 2, 3, 4, 5)),

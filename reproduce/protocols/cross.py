@@ -5,13 +5,15 @@ and MCR, of which NAD's code has none, as described, and ARGD too, see `protocol
 its released script does needs test images, with p and images fitted to the small network, see `protocols.fmp`.
 """
 
+from dataclasses import replace
+
 from reproduce.protocols import Entry, Profile, fmp
 from reproduce.protocols.comparison import BETA_ZERO, Row, comparison, row, victim
 from reproduce.protocols.mcldef import ATTACKS, MAIN_ROWS, OWN_ROWS, SMOKE_ATTACKS
 
 PAPER = "cross"
-# WRN's first group has 16 channels.
-FMP = Row(fmp.METHOD, "released", "fmp", fmp.fitted(row(fmp.METHOD, "described", fmp.PAPER).config, 16, True))
+FMP = Row(fmp.METHOD, "released", "fmp", replace(
+    fmp.fitted(row(fmp.METHOD, "described", fmp.PAPER).config, fmp.WIDTHS["wrn-16-1"]), images=256))
 ROWS = [row("FT", "released", "nad"), row("FP", "described", "nad"), row("MCR", "described", "nad"),
         row(BETA_ZERO, "released", "nad"),
         *(one for one in MAIN_ROWS if one not in OWN_ROWS and one.label != "FT"), OWN_ROWS[-1],

@@ -14,7 +14,7 @@ MCLDef published: WRN-16-1, trained in full by others, which cost no training he
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from defenses import anp, fmp
+from defenses import fmp
 from reproduce.cells import Victim
 from reproduce.data.augment import Augment
 from reproduce.poisoning import attack_module
@@ -47,10 +47,9 @@ WIDTHS = {"preact-resnet-18": 64, "preact-resnet-18-w16": 16, "preact-resnet-18-
 # label: (the file, whose trigger it answers to)
 PUBLISHED = {"NAD's": (nad.AUTHORS_VICTIM, "nad"), "ARGD's": (argd.AUTHORS_VICTIM, "argd"),
              "MCLDef's": (mcldef.AUTHORS_VICTIM, "nad")}
-# Where victims are shortened, so are the 100 epochs of BackdoorBench's baselines, to FMP's own 10, ANP's 2,000
-# iterations, and the scoring images: there are 5,000 on CIFAR-10, each of which goes through the network three times a
-# map. Neural Cleanse, with 80 epochs for each of ten classes, is left to the full protocol and to the smoke scale.
-SHORT_EPOCHS, SHORT_ITERATIONS, SHORT_IMAGES = 10, 500, 256
+# Where victims are shortened, so are the 100 epochs of BackdoorBench's baselines, to FMP's own 10. Neural Cleanse, with
+# 80 epochs for each of ten classes, is left to the full protocol and to the smoke scale.
+SHORT_EPOCHS = 10
 
 _DESCRIBED, _RELEASED = (fmp.SETTINGS[PAPER, variant] for variant in ("described", "released"))
 # The released start noise elsewhere: config/defense/feature/{cifar100,gtsrb}.yaml of ASE2023Paper/FMT@3df9827.
@@ -93,11 +92,11 @@ def entries(profile: Profile) -> list[Entry]:
     """Every run of the paper at this scale."""
     published = replace(profile, clean_fraction=0.10)
     profile = replace(published, model=profile.preact,
-                      defense_epochs=profile.defense_epochs or (SHORT_EPOCHS if profile.victim_epochs else None))
+                      defense_epochs=profile.defense_epochs or (SHORT_EPOCHS if profile.shortened else None))
     found: list[Entry] = []
     for seed in profile.seeds:
         found += _published_faults(published, seed)
-    for seed in filter(profile.sweeps, profile.seeds):      # a second seed of the smoke scale would take too long
+    for seed in filter(profile.sweeps, profile.seeds):      # a second seed of a shortened scale would take too long
         found += _main(profile, "main", seed)
         found += _five_percent(profile, seed) + _faults(profile, seed) + _sweeps(profile, seed)
         found += _poison_rates(profile, seed)
@@ -118,14 +117,9 @@ def fmp_victim(profile: Profile, attack: str, seed: int, variant: str = "describ
                   profile.attack(_on(profile.dataset, settings)))
 
 
-def fitted(config: Any, width: int, shortened: bool) -> Any:
-    """FMP's p for a network whose first layer has `width` channels, and what is shortened beside the epochs."""
-    if isinstance(config, anp.Config) and shortened:
-        return replace(config, iterations=min(config.iterations, SHORT_ITERATIONS))
-    if not isinstance(config, fmp.Config):
-        return config
-    images = SHORT_IMAGES if shortened and config.images is None else config.images
-    return replace(config, p=max(1, config.p * width // 64), images=images)
+def fitted(config: fmp.Config, width: int) -> fmp.Config:
+    """FMP's p for a network whose first layer has `width` channels."""
+    return replace(config, p=max(1, config.p * width // 64))
 
 
 def _on(dataset: str, config: Any) -> Any:
@@ -140,18 +134,14 @@ def _on(dataset: str, config: Any) -> Any:
 def _fitting(profile: Profile, rows: list[Row]) -> list[Row]:
     """The rows for the profile's data set, model and scale."""
     return [replace(one, config=_own(profile, one.config)) for one in rows
-            if one.defense != "nc" or not _shortened(profile)]
+            if one.defense != "nc" or profile.smoke or not profile.shortened]
 
 
 def _own(profile: Profile, config: Any) -> Any:
-    if isinstance(config, fmp.Config) and config.alpha == _RELEASED.alpha:
-        config = replace(config, alpha=NOISE.get(profile.dataset, config.alpha))
-    return _on(profile.dataset, fitted(config, WIDTHS[profile.model], _shortened(profile)))
-
-
-def _shortened(profile: Profile) -> bool:
-    """Whether more than epochs is cut; the smoke scale cuts by values of its own."""
-    return profile.victim_epochs is not None and not profile.smoke
+    if isinstance(config, fmp.Config):
+        noise = NOISE.get(profile.dataset, config.alpha) if config.alpha == _RELEASED.alpha else config.alpha
+        config = fitted(replace(config, alpha=noise), WIDTHS[profile.model])
+    return _on(profile.dataset, config)
 
 
 def _main(profile: Profile, item: str, seed: int) -> list[Entry]:
@@ -202,11 +192,13 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
     """Everything that varies one factor, on BadNets with the described settings."""
     on = fmp_victim(profile, "badnets", seed)
     base = _own(profile, _DESCRIBED)
+    most = profile.defense(base).images     # what a shortened scale cuts them to
+    counts = [count for count in IMAGES if most is None or count <= most] or [1, most]
     found: list[Entry] = []
     for item, label, settings in (
             ("epsilon", "epsilon", {name: replace(base, eps=value, alpha=value) for name, value in EPSILONS.items()}),
             ("p", "share", {name: replace(base, p=max(1, round(base.p * share))) for name, share in SHARES.items()}),
-            ("images", "images", {str(count): replace(base, images=count) for count in IMAGES}),
+            ("images", "images", {str(count): replace(base, images=count) for count in counts}),
             ("tuning", "tuning", {str(epochs): _tuned(base, epochs) for epochs in TUNING})):
         found += sweep(profile, PAPER, item, label, on, "fmp", profile.values(settings))
     return found + fractions(profile, PAPER, on, _brief(profile))

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from attacks import badnets, cl, refool
-from defenses import ft
+from attacks import badnets, cl, input_aware, refool
+from defenses import anp, ft
 from reproduce.cells import Cell, Published, Victim, plain, with_dependencies
 from reproduce.errors import UserError
 from reproduce.protocols import PROFILES, entries, shorten
@@ -85,6 +85,21 @@ def test_items_on_request_are_left_out_unless_named() -> None:
     assert entries(PROFILES["paper"], ["nad"], ["authors-victim"])
     with pytest.raises(UserError, match="choose from main"):
         entries(PROFILES["paper"], ["nad"], ["nonsense"])
+
+
+@pytest.mark.parametrize(("name", "iterations", "masks"), [("quick", 10, 2), ("cpu", 500, 3), ("paper", 2000, 25)])
+def test_a_shorter_scale_cuts_more_than_epochs(name: str, iterations: int, masks: int) -> None:
+    profile = PROFILES[name]
+    assert profile.defense(anp.SETTINGS["mcldef", "described"]).iterations == iterations
+    assert profile.attack(input_aware.SETTINGS["mcldef", "described"]).mask_epochs == masks
+    assert [seed for seed in profile.seeds if profile.sweeps(seed)] == list(
+        profile.seeds if name == "paper" else profile.seeds[:1])
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_cut_leaves_the_values_of_a_factor_apart(name: str) -> None:
+    varied = [entry for entry in entries(PROFILES[name], ["fmp"]) if entry.item == "images"]
+    assert len({entry.task.name for entry in varied}) == len(varied) > 1
 
 
 def test_a_shortened_recipe_keeps_the_shape_of_its_schedule() -> None:
