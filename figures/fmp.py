@@ -10,8 +10,8 @@ from figures.comparison import ablation, clean_fraction, comparisons, gallery, i
 from figures.style import BARS, LABELS, Figure, canvas, done, dots, legend, look, marks, panels, seeds, widened
 from reproduce.protocols.fmp import METHOD, PAPER
 from reproduce.results import Results
-from tables.comparison import main_rows, rows
-from tables.fmp import FACTORS, STUDY, pruned_maps
+from tables.comparison import Factor, main_rows, rows
+from tables.fmp import FACTORS, FAULTS_ON, STUDY, pruned_maps
 from tables.layout import averages
 
 MAPS_ON = 3     # attacks shown in the picture of maps
@@ -25,10 +25,9 @@ def figures(results: Results, smoke: bool = False) -> list[Figure]:
     for item in STUDY.items:
         built += if_present(results, PAPER, item, lambda one=item: trade_off(results, one))
     built += if_present(results, PAPER, "clean-fraction", lambda: clean_fraction(results, STUDY))
-    built += if_present(results, PAPER, "faults", lambda: faults(results))
     for factor in FACTORS:
-        if factor.item != "faults":
-            built += ablation(results, STUDY, factor)
+        built += (if_present(results, PAPER, factor.item, lambda one=factor: faults(results, one))
+                  if factor.item in FAULTS_ON else ablation(results, STUDY, factor))
     return [replace(figure, name=f"{PAPER}-{figure.name}") for figure in built]
 
 
@@ -78,14 +77,14 @@ def maps(results: Results) -> Figure | None:
                   "finished seed.", draw, data)
 
 
-def faults(results: Results) -> Figure | None:
+def faults(results: Results, factor: Factor) -> Figure | None:
     """Every setting between the described and the released one, an attack's in one colour."""
     keys = ["faults", "attack"]
-    data = done(rows(results, PAPER, "faults", *keys), keys, ("asr", "acc"))
+    data = done(rows(results, PAPER, factor.item, *keys), keys, ("asr", "acc"))
     if not len(data):
         return None
-    return Figure("faults", "FMP: the faults of the released script",
-                  f"Each fault added to the described method and taken from the released one. {BARS} {seeds(data)}.",
+    return Figure(factor.item, f"FMP: the faults of the released script, {FAULTS_ON[factor.item][1]}",
+                  f"{factor.on}. {factor.caption} {BARS} {seeds(data)}.",
                   lambda: dots(data, "faults", "attack", ("asr", "acc")), data, seeds(data))
 
 

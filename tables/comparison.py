@@ -224,6 +224,7 @@ class Factor:
     """One factor varied on one attack: its item, the label it is varied under, a heading and a caption.
 
     within: a second label whose values are compared apart, with its heading. on: the attack. measures: the columns.
+    called: what is varied, in a title, where no heading says it.
     """
 
     item: str
@@ -233,12 +234,13 @@ class Factor:
     within: tuple[str, str] | None = None
     on: str = "BadNets"
     measures: Sequence[str] = PERCENT
+    called: str = ""
 
     @property
     def name(self) -> str:
         """What is varied, in a title."""
-        text = self.within[1] if self.within and self.within[0] != "attack" else self.title
-        return within_a_line(text)
+        heading = self.within[1] if self.within and self.within[0] != "attack" else self.title
+        return within_a_line(self.called or heading)
 
     @property
     def keys(self) -> dict[str, str]:

@@ -8,11 +8,13 @@ import pandas as pd
 from defenses.fmp import FAULTS
 from reproduce.protocols.fmp import METHOD, NO_PRUNING, PAPER, RANDOM
 from reproduce.results import Results
+from reproduce.statistics import hierarchical_bootstrap
 from reproduce.store import Run
 from tables.comparison import Factor, Study, ablation, bounds, clean_fraction, cost, details, grids, if_present, rows
-from tables.layout import grouped, mean_difference, measured, pairs, table
+from tables.layout import differences, grouped, mean_difference, measured, pairs, table
 from tables.render import MISSING, Table, Value, heading
 
+ALL = "all"
 DATASETS = {"main": "all attacks", "cifar100": "CIFAR-100", "gtsrb": "GTSRB", "tiny-imagenet": "Tiny-ImageNet"}
 STUDY = Study(
     PAPER, METHOD, (NO_PRUNING, RANDOM, "FT"),
@@ -24,6 +26,7 @@ STUDY = Study(
     measures="RA: share of triggered images that get their true label. ACC non-target leaves the target class out.")
 CLEAN = "Every defender has 10 % clean data."
 SHOWN = ("acc", "asr", "ra")
+CHECKPOINTS = "the WRN-16-1 checkpoints that the authors of NAD, ARGD and MCLDef published"
 FACTORS = (
     Factor("epsilon", "epsilon", "Epsilon", "Start noise and step of the feature reverse generation, of a pixel's "
            "range.", measures=SHOWN),
@@ -35,14 +38,20 @@ FACTORS = (
            within=("rate", "Poison rate"), measures=SHOWN),
     Factor("faults", "faults", "Faults", "Each fault of the released script added to the described method and taken "
            "from the released one.", within=("attack", "Attack"), on="Several attacks", measures=SHOWN),
+    Factor("published-faults", "faults", "Faults", "The same, and the choice of maps replaced.",
+           within=("attack", "Checkpoint"), on=f"BadNets, on {CHECKPOINTS}", measures=SHOWN,
+           called="faults, on published checkpoints"),
 )
+# {item: (table name, what its victims are)}
+FAULTS_ON = {"faults": ("worth", "own victims"), "published-faults": ("worth-published", "published checkpoints")}
 
 
 def tables(results: Results, smoke: bool = False) -> list[Table]:
     """Every table whose entries are at hand, in the report's order."""
     built = [replace(one, caption=f"{one.caption} {CLEAN}") if not one.name.startswith("five-percent") else one
              for one in grids(results, STUDY)]
-    built += if_present(results, PAPER, "faults", lambda: worth(results))
+    for item in FAULTS_ON:
+        built += if_present(results, PAPER, item, lambda one=item: worth(results, one))
     built += if_present(results, PAPER, "main", lambda: carriers(results))
     built += details(results, STUDY) + clean_fraction(results, STUDY)
     for factor in FACTORS:
@@ -51,21 +60,25 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     return [replace(entry, name=f"{PAPER}-{entry.name}") for entry in built if len(entry.frame)]
 
 
-def worth(results: Results) -> Table:
-    """What each fault does, as a difference to the same method with and without it."""
-    frame = rows(results, PAPER, "faults", "attack", "faults")
+def worth(results: Results, item: str) -> Table:
+    """What each fault does, as a difference to the same method with and without it; per attack and over all."""
+    name, victims = FAULTS_ON[item]
+    factor = next(one for one in FACTORS if one.item == item)
+    assert factor.within
+    frame = rows(results, PAPER, item, "attack", "faults")
     numbers, shown = [], []
-    for attack, part in frame.groupby("attack", sort=False):
+    for attack, part in [*frame.groupby("attack", sort=False), *([(ALL, frame)] if frame.attack.nunique() > 1 else [])]:
         settings = dict(iter(part.groupby("faults", sort=False)))
         for fault in (name for name in FAULTS if f"described + {name}" in settings):
-            line: dict[tuple[str, str], object] = {("", "Attack"): str(attack), ("", "Fault"): fault}
+            line: dict[tuple[str, str], object] = {("", factor.within[1]): str(attack), ("", "Fault"): fault}
             for kind, first, second in (("Added to described", f"described + {fault}", "described"),
                                         ("Left in released", "released", f"released - {fault}")):
                 for measure in SHOWN:
                     paired = pairs(settings[first], settings[second], measure)
                     line[kind, heading(measure)] = Value(MISSING)
                     if paired:
-                        gap = mean_difference(results, paired, measure)
+                        gap = (hierarchical_bootstrap(list(differences(paired).values())) if attack == ALL else
+                               mean_difference(results, paired, measure))
                         runs = tuple(name for pair in paired for name in (pair.run_first, pair.run_second))
                         line[kind, heading(measure)] = Value(
                             f"{gap.mean:+.1f}{bounds(gap.low, gap.high, 1, '+')}", runs=runs)
@@ -73,9 +86,10 @@ def worth(results: Results) -> Table:
                                         "difference": gap.mean, "low": gap.low, "high": gap.high, "n": len(paired),
                                         "runs": " ".join(runs)})
             shown.append(line)
-    return table("worth", "FMP: what each fault of the released script is worth",
-                 "Points by which a fault changes a measure: the method with it minus the same without, paired by "
-                 "seed; 95 % interval over seeds, with one seed over test images.",
+    return table(name, f"FMP: what each fault of the released script is worth, {victims}",
+                 f"{factor.on}. Points by which a fault changes a measure: the method with it minus the same without, "
+                 "paired by seed; 95 % interval over seeds, with one seed over test images; over all, a hierarchical "
+                 "bootstrap.",
                  grouped(shown) if numbers else pd.DataFrame(), pd.DataFrame(numbers), frame)
 
 

@@ -17,11 +17,12 @@ from reproduce.cells import Victim
 from reproduce.claims import criteria
 from reproduce.claims import fmp as fmp_claims
 from reproduce.protocols import PROFILES, Entry, departure, entries
-from reproduce.protocols.fmp import BASELINES, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM, fitted
+from reproduce.protocols.fmp import BASELINES, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM
 from reproduce.results import Results
 from reproduce.store import Store
 from tables import fmp as tables
 from tables import render
+from tables.fmp import ALL
 from tables.layout import estimate
 from tests.synthetic import write_run
 
@@ -120,6 +121,24 @@ def test_worth_of_a_fault_is_the_difference_it_makes(results: Results) -> None:
     assert added.difference.mean() == pytest.approx(10, abs=3)
 
 
+def test_faults_on_published_checkpoints(tmp_path: Path) -> None:
+    found = entries(replace(PROFILES["cpu"], seeds=(0,)), [PAPER], ["published-faults"])
+    assert not [entry for entry in entries(QUICK, [PAPER]) if entry.item == "published-faults"]
+    victims = {entry.task.published for entry in found if isinstance(entry.task, Victim)}
+    assert len(victims) == 3 and all(entry.on_request for entry in found)
+    assert {entry.task.config.p for entry in found if not isinstance(entry.task, Victim)} == {16}
+    results = made(tmp_path, found)
+    data = next(table for table in tables.tables(results) if table.name == f"{PAPER}-worth-published").data
+    added = data[(data.comparison == "Added to described") & (data.measure == "asr") & (data.fault == "leak")]
+    one, three = added[added.attack != ALL], added[added.attack == ALL].iloc[0]
+    assert len(one) == 3 and three.n == 3
+    assert three.difference == pytest.approx(one.difference.mean())
+    assert three.low <= one.difference.min() + 1e-9 and three.high >= one.difference.max() - 1e-9
+    figure = next(figure for figure in figures.figures(results) if figure.name == f"{PAPER}-published-faults")
+    assert set(figure.data.attack) == {"NAD's", "ARGD's", "MCLDef's"}
+    assert "Several attacks" not in figure.caption
+
+
 def test_claims(tmp_path: Path) -> None:
     six = [entry for entry in entries(PROFILES["paper"], [PAPER], ["main"])
            if entry.labels["attack"] in ("BadNets", "SSBA")]
@@ -171,11 +190,9 @@ def test_a_narrow_network_loses_as_many_maps_of_a_layer() -> None:
     described = {entry.task.config.p for entry in entries(PROFILES["paper"], [PAPER])
                  if entry.item == "main" and entry.labels["defense"] == METHOD}
     assert described == {64}
-    assert {fitted(replace(entry.task.config), 16, True).images for entry in entries(PROFILES["paper"], [PAPER])
-            if entry.item == "main" and (entry.labels["defense"], entry.labels["variant"]) == (METHOD, "described")
-            } == {256}
-    assert {entry.task.config.p for entry in entries(PROFILES["cpu"], [PAPER])
-            if entry.item == "main" and entry.labels["defense"] == METHOD} == {16}
+    short = [entry.task.config for entry in entries(PROFILES["cpu"], [PAPER])
+             if entry.item == "main" and entry.labels["defense"] == METHOD]
+    assert {config.p for config in short} == {16} and {config.images for config in short} == {256, 32}
     assert departure(PAPER, PROFILES["paper"]) == ""
 
 
