@@ -5,19 +5,19 @@ never uses more than one CPU thread, and parallelism comes from running several 
 """
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import queue
 import signal
 import sys
 import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -184,7 +184,7 @@ class _Pool:
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
-        self.context = multiprocessing.get_context("spawn")
+        self.context = start_method(workers.devices)
 
     def __enter__(self) -> "_Pool":
         self._start()
@@ -198,7 +198,7 @@ class _Pool:
             devices.put(self.workers.devices[i % len(self.workers.devices)])
         with single_threaded():
             self.executor = ProcessPoolExecutor(self.workers.jobs, self.context, _start_worker,
-                                                (self.workers, devices, self.messages, os.getpid()))
+                                                (self.workers, devices, self.messages))
 
     def submit(self, task: Task, holding: str | None) -> Future:
         try:
@@ -226,6 +226,16 @@ class _Pool:
         self.executor.shutdown(wait=kind is None, cancel_futures=True)
 
 
+def start_method(devices: Sequence[str] = ("cpu",)) -> BaseContext:
+    """How processes for these devices start. On a CPU they fork from one that has imported what takes seconds and done
+    nothing else; CUDA wants new ones."""
+    if set(devices) != {"cpu"} or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "reproduce.runner"])      # every optimizer imports the first
+    return context
+
+
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
     """Children inherit one-thread settings, and an allocator that keeps freed memory (glibc; a tenth faster).
@@ -249,10 +259,9 @@ def single_threaded() -> Iterator[None]:
 _runner: Runner | None = None
 
 
-def _start_worker(workers: Workers, devices: multiprocessing.Queue, messages: multiprocessing.Queue,
-                  parent: int) -> None:
+def _start_worker(workers: Workers, devices: multiprocessing.Queue, messages: multiprocessing.Queue) -> None:
     global _runner
-    belong_to(parent)
+    belong()
     os.environ["BACKDOOR_DATA"] = str(workers.root)  # where a defense looks for a language model
     device = torch.device(devices.get())
     _runner = Runner(Store(workers.store), workers.root, device,
@@ -260,17 +269,16 @@ def _start_worker(workers: Workers, devices: multiprocessing.Queue, messages: mu
                      note=lambda text: print(text, file=sys.stderr, flush=True))
 
 
-def belong_to(parent: int) -> None:
+def belong() -> None:
     """Make this process a worker: one thread, Ctrl-C left to the driver, and no life after the driver's end, however
     it went: a killed run must not go on unseen."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    driver = multiprocessing.parent_process()
+    assert driver
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        connection.wait([driver.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

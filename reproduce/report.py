@@ -5,8 +5,6 @@ Everything is computed from run folders and is the same, bit for bit, for the sa
 
 import base64
 import importlib
-import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +19,7 @@ from markupsafe import Markup
 
 from reproduce import claims
 from reproduce.cells import with_dependencies
-from reproduce.engine import belong_to, single_threaded
+from reproduce.engine import belong, single_threaded, start_method
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
 from reproduce.statistics import DRAWS
@@ -96,8 +94,7 @@ def _drawing(results: Results, papers: list[str], smoke: bool, folder: Path,
         yield {paper: partial(_draw, paper, results, smoke, folder) for paper in papers}
         return
     fresh = Results(results.store, results.entries)     # without what was read, which would have to travel
-    with single_threaded(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), belong_to,
-                                                (os.getpid(),)) as pool:
+    with single_threaded(), ProcessPoolExecutor(processes, start_method(), belong) as pool:
         try:
             yield {paper: pool.submit(_draw, paper, fresh, smoke, folder).result for paper in papers}
         except BaseException:

@@ -15,7 +15,7 @@ from reproduce.training import Recipe, predict, train
 
 # What makes a setting expensive without changing what is tested, beside the epochs of recipes.
 QUICK = {
-    "iterations": 40,
+    "iterations": 20,
     "rounds": 1,
     "steps": 2,
     "batches": 2,

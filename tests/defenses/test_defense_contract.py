@@ -41,7 +41,9 @@ def test_settings_survive_json(name, paper, variant):
     assert hash(config) == hash(dataclasses.replace(config))
 
 
-@pytest.mark.parametrize(("name", "paper", "variant"), CASES)
+# FMP's released script without one of its faults: each of them is in a case of its own.
+@pytest.mark.parametrize(("name", "paper", "variant"), [
+    case for case in CASES if not case[2].startswith("released without")])
 def test_defends_a_copy_repeatably_and_reports(name, paper, variant, victim, clean, shorten, same):
     module = defense_module(name)
     config = shorten(module.SETTINGS[paper, variant])

@@ -16,13 +16,14 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Normalize
 
 from defenses import fp, nad
 from reproduce.data.augment import to_input
 from reproduce.defending import Clean
 from reproduce.errors import UserError
-from reproduce.models import build, normalise_inputs, parameter_count, size, source
+from reproduce.models import _operations, build, normalise_inputs, parameter_count, size, source
 from reproduce.models.checkpoints import load_checkpoint
 from reproduce.models.taps import classifier, features, penultimate
 
@@ -429,3 +430,10 @@ def test_sizes_are_multiples_of_the_small_network() -> None:
     assert 19 < size("preact-resnet-18") < 22
     assert size("preact-resnet-18", 64) == pytest.approx(4 * size("preact-resnet-18"), rel=0.01)
     assert size("preact-resnet-18-w8") < size("preact-resnet-18-w16") < 2
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "resnet-18", "preact-resnet-18-w16"])
+def test_operations_are_those_that_torch_counts(name: str) -> None:
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        build(name, 10, 0).eval()(torch.zeros(1, 3, 32, 32))
+    assert 2 * _operations(name, 32) == counter.get_total_flops()
