@@ -42,6 +42,9 @@ FACTORS = (
            within=("attack", "Checkpoint"), on=f"BadNets, on {CHECKPOINTS}", measures=SHOWN,
            called="faults, on published checkpoints"),
 )
+CARRIERS = {     # {item: (table name, {label: heading} of its rows)}
+    "main": ("carriers", {"attack": "Attack", "defense": "Defense", "variant": "Settings"}),
+    "published-faults": ("carriers-published", {"attack": "Checkpoint", "faults": "Settings"})}
 # {item: (table name, what its victims are)}
 FAULTS_ON = {"faults": ("worth", "own victims"), "published-faults": ("worth-published", "published checkpoints")}
 
@@ -52,7 +55,8 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
              for one in grids(results, STUDY)]
     for item in FAULTS_ON:
         built += if_present(results, PAPER, item, lambda one=item: worth(results, one))
-    built += if_present(results, PAPER, "main", lambda: carriers(results))
+    for item in CARRIERS:
+        built += if_present(results, PAPER, item, lambda one=item: carriers(results, one))
     built += details(results, STUDY) + clean_fraction(results, STUDY)
     for factor in FACTORS:
         built += ablation(results, STUDY, factor)
@@ -93,29 +97,30 @@ def worth(results: Results, item: str) -> Table:
                  grouped(shown) if numbers else pd.DataFrame(), pd.DataFrame(numbers), frame)
 
 
-def carriers(results: Results) -> Table:
+def carriers(results: Results, item: str) -> Table:
     """How many of the pruned maps are those that the trigger moves most."""
-    frame = rows(results, PAPER, "main", "attack", "defense", "variant")
-    victims = results.victims(PAPER, "main")
+    name, keys = CARRIERS[item]
+    frame = rows(results, PAPER, item, *keys)
+    victims = results.victims(PAPER, item)
     numbers = []
     for line in frame[frame.status == "done"].itertuples():
         victim = victims.get((line.attack, line.seed))
         run = results.finished(line.run)
         if victim is None or not (found := pruned_maps(victim, run)):
             continue
-        numbers.append({"attack": line.attack, "defense": line.defense, "variant": line.variant, "seed": line.seed,
-                        "run": line.run, **_overlap(*found)})
+        numbers.append({**{key: getattr(line, key) for key in keys}, "seed": line.seed, "run": line.run,
+                        **_overlap(*found)})
     data = pd.DataFrame(numbers)
     shown = []
-    for (attack, defense, variant), part in (data.groupby(["attack", "defense", "variant"], sort=False) if numbers
-                                             else ()):
-        shown.append({"Attack": attack, "Defense": defense, "Settings": variant, **{
+    for of_row, part in data.groupby(list(keys), sort=False) if numbers else ():
+        shown.append({**dict(zip(keys.values(), of_row, strict=True)), **{
             title: Value(f"{part[key].mean():.{digits}f}", runs=tuple(part.run))
             for title, key, digits in (("Maps pruned", "pruned", 0), ("Carriers among them (%)", "hits", 1),
                                        ("Expected at random (%)", "chance", 1),
                                        ("Change of pruned maps", "change_pruned", 2),
                                        ("Change of all maps", "change_all", 2))}, "n": Value(str(len(part)))})
-    return table("carriers", "FMP: do the pruned maps carry the backdoor?",
+    on = f", {FAULTS_ON[item][1]}" if item in FAULTS_ON else ""
+    return table(name, f"FMP: do the pruned maps carry the backdoor{on}?",
                  "Change: how far the trigger moves a map of the victim, in standard deviations of the map on clean "
                  "test images. Carriers: in each convolution, as many of the maps with the largest change as are "
                  "pruned there. Means over seeds; measured with the trigger, which the defender does not have.",

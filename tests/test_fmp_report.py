@@ -17,7 +17,7 @@ from reproduce.cells import Victim
 from reproduce.claims import criteria
 from reproduce.claims import fmp as fmp_claims
 from reproduce.protocols import PROFILES, Entry, departure, entries
-from reproduce.protocols.fmp import BASELINES, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM
+from reproduce.protocols.fmp import BASELINES, BEFORE_ANY, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM
 from reproduce.results import Results
 from reproduce.store import Store
 from tables import fmp as tables
@@ -128,7 +128,11 @@ def test_faults_on_published_checkpoints(tmp_path: Path) -> None:
     assert len(victims) == 3 and all(entry.on_request for entry in found)
     assert {entry.task.config.p for entry in found if not isinstance(entry.task, Victim)} == {16}
     results = made(tmp_path, found)
-    data = next(table for table in tables.tables(results) if table.name == f"{PAPER}-worth-published").data
+    built = {table.name: table.data for table in tables.tables(results)}
+    assert set(built[f"{PAPER}-carriers-published"].hits) == {100.0}
+    listed = built[f"{PAPER}-published-faults"]
+    assert not listed[listed.faults == BEFORE_ANY].mark.any(), "no defense is compared with the victim"
+    data = built[f"{PAPER}-worth-published"]
     added = data[(data.comparison == "Added to described") & (data.measure == "asr") & (data.fault == "leak")]
     one, three = added[added.attack != ALL], added[added.attack == ALL].iloc[0]
     assert len(one) == 3 and three.n == 3

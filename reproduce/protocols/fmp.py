@@ -172,7 +172,8 @@ def _published_faults(profile: Profile, seed: int) -> list[Entry]:
     found: list[Entry] = []
     for label, (checkpoint, settings) in PUBLISHED.items():
         if on := published_victim(profile, checkpoint, settings, seed):
-            found.append(Entry(PAPER, "published-faults", {"attack": label, "faults": BEFORE_ANY}, on))
+            found.append(Entry(PAPER, "published-faults",
+                               {"attack": label, "faults": BEFORE_ANY, "defense": "Before"}, on))
             found += _with_and_without(profile, "published-faults", on, label)
             found += [Entry(PAPER, "published-faults", {"attack": label, "faults": name},
                             cell(profile, on, "fmp", _own(profile, config))) for name, config in UNCHOSEN.items()]
