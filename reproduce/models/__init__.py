@@ -103,15 +103,16 @@ def parameter_count(model: nn.Module) -> int:
 
 def normalise_inputs(model: nn.Module, name: str) -> nn.Module:
     """Make `model` take images in [0, 1] although it was trained on images normalised by the values `name`. Its weights
-    keep their names."""
+    keep their names, and as in a network that normalises itself, `normalise` is what its first layer sees."""
     normalisation = CHECKPOINT_NORMALISATIONS[name]
     if isinstance(model, Normalised):
         model.set_normalisation(normalisation)
         return model
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in normalisation)
 
-    def normalise(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return ((inputs[0] - mean.to(inputs[0].device)) / deviation.to(inputs[0].device),)
+    def normalise(images: Tensor) -> Tensor:
+        return (images - mean.to(images.device)) / deviation.to(images.device)
 
-    model.register_forward_pre_hook(normalise)
+    model.normalise = normalise
+    model.register_forward_pre_hook(lambda _module, inputs: (normalise(inputs[0]),))
     return model

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks import usual
 from defenses import fmp, ft
-from reproduce import data
+from reproduce import data, models
 from reproduce.cells import Cell, Victim, plain
 from reproduce.data.augment import Augment, to_input
 from reproduce.defending import Clean, Defended
@@ -132,6 +132,15 @@ def test_scores_on_images_normalised_twice_are_the_official_ones(official_noise)
     once, _ = fmp.accuracies(net, pictures(32, 0.37), labels, official_noise, [ORDER[3]],
                              fmp.without_fault("normalised"))
     assert (once[ORDER[3]] != found[ORDER[3]]).sum() > 50
+
+
+def test_images_are_normalised_twice_for_a_checkpoint_that_is_told_how_too(official_noise):
+    net, labels = frozen(small_net(*models.CHECKPOINT_NORMALISATIONS["cifar10"])), torch.tensor(LABELS_TWICE)
+    told = models.normalise_inputs(nn.Sequential(*net).eval(), "cifar10")
+    scores = [fmp.accuracies(model, pictures(32, 0.37), labels, official_noise, [ORDER[3]], config)[0][ORDER[3]]
+              for model in (net, told) for config in (fmp.RELEASED, fmp.without_fault("normalised"))]
+    assert torch.equal(scores[0], scores[2]) and torch.equal(scores[1], scores[3])
+    assert not torch.equal(scores[0], scores[1])
 
 
 def test_scores_prunes_and_fine_tunes_as_the_official_code_does(official_noise, monkeypatch):

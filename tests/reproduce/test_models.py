@@ -288,8 +288,10 @@ def test_normalised_inputs_keep_the_names_of_the_weights() -> None:
     model = build("wrn-10-1", 10, 0).eval()
     images, names = torch.rand(2, 3, 32, 32), list(model.state_dict())
     mean, deviation = torch.tensor((0.4914, 0.4822, 0.4465)), torch.tensor((0.2023, 0.1994, 0.2010))
-    expected = model((images - mean.view(1, 3, 1, 1)) / deviation.view(1, 3, 1, 1))
+    seen = (images - mean.view(1, 3, 1, 1)) / deviation.view(1, 3, 1, 1)
+    expected = model(seen)
     assert torch.allclose(normalise_inputs(model, "cifar10")(images), expected, atol=1e-5)
+    assert torch.allclose(model.normalise(images), seen, atol=1e-5)
     assert list(model.state_dict()) == names
 
 

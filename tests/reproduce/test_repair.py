@@ -18,7 +18,7 @@ from reproduce.models import build
 from reproduce.protocols.nad import RELEASED
 from reproduce.training import Recipe, predict, train
 
-COMMON = ["--model", "wrn-10-1", "--dataset", "digits"]
+COMMON = ["--model", "wrn-10-0.5", "--dataset", "digits"]
 ATTACK = ["--attack", "badnets", "--paper", "nad", "--variant", "released", "--target", "3"]
 
 
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits = data.load("digits", Path())
     settings = badnets.Config(target=3)
     poisoned = badnets.poison(digits.train_images, digits.train_labels, settings, {}, 0, 10)
-    model = build("wrn-10-1", 10, 0)
+    model = build("wrn-10-0.5", 10, 0)
     recipe = replace(RELEASED, epochs=6, rates=((0, 0.1), (4, 0.01)))
     train(model, poisoned.images, poisoned.labels, recipe, 0, phase="victim")
     path = tmp_path_factory.mktemp("own") / "own.pth.tar"
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_backdoorbench_is_normalised_as_there(tmp_path: Path, mo
     (["--device", "tpu"], "--device"),
 ])
 def test_bad_requests_get_one_line(checkpoint: Path, tmp_path: Path, change: list[str], said: str) -> None:
-    arguments = {"--checkpoint": str(checkpoint), "--model": "wrn-10-1", "--dataset": "digits", "--defense": "ft",
+    arguments = {"--checkpoint": str(checkpoint), "--model": "wrn-10-0.5", "--dataset": "digits", "--defense": "ft",
                  "--attack": "badnets", "--output": str(tmp_path / "r.safetensors")}
     arguments |= dict(zip(change[::2], change[1::2], strict=True))
     code, out = call("defend", *(part for pair in arguments.items() for part in pair))
