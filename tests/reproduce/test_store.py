@@ -1,6 +1,5 @@
 """Run folders: whole or not at all, checksummed, safe to load."""
 
-import multiprocessing
 import shutil
 import time
 from multiprocessing.queues import SimpleQueue
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from reproduce.engine import start_method
 from reproduce.store import Run, Store, damage
 
 
@@ -82,7 +82,7 @@ def _hold(root: Path, seconds: float, order: "SimpleQueue[str]") -> None:
 
 
 def test_a_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = start_method()
     order = context.SimpleQueue()       # what is put is there at once, however busy the machine
     holders = [context.Process(target=_hold, args=(tmp_path, 0.3, order)) for _ in range(2)]
     for holder in holders:
