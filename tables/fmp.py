@@ -26,6 +26,7 @@ STUDY = Study(
     measures="RA: share of triggered images that get their true label. ACC non-target leaves the target class out.")
 CLEAN = "Every defender has 10 % clean data."
 SHOWN = ("acc", "asr", "ra")
+EACH_FAULT = "Each fault of the released script added to the described method and taken from the released one"
 CHECKPOINTS = "the WRN-16-1 checkpoints that the authors of NAD, ARGD and MCLDef published"
 FACTORS = (
     Factor("epsilon", "epsilon", "Epsilon", "Start noise and step of the feature reverse generation, of a pixel's "
@@ -36,9 +37,9 @@ FACTORS = (
     Factor("tuning", "tuning", "Fine-tuning epochs", "After the pruning.", measures=SHOWN),
     Factor("poison-rate", "defense", "Defense", "The share of the training set that is poisoned.",
            within=("rate", "Poison rate"), measures=SHOWN),
-    Factor("faults", "faults", "Faults", "Each fault of the released script added to the described method and taken "
-           "from the released one.", within=("attack", "Attack"), on="Several attacks", measures=SHOWN),
-    Factor("published-faults", "faults", "Faults", "The same, and the choice of maps replaced.",
+    Factor("faults", "faults", "Faults", f"{EACH_FAULT}.", within=("attack", "Attack"), on="Several attacks",
+           measures=SHOWN),
+    Factor("published-faults", "faults", "Faults", f"{EACH_FAULT}; both with the choice of maps replaced, or none.",
            within=("attack", "Checkpoint"), on=f"BadNets, on {CHECKPOINTS}", measures=SHOWN,
            called="faults, on published checkpoints"),
 )
