@@ -125,12 +125,15 @@ def seeds(data: pd.DataFrame) -> str:
 
 
 def done(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
-    """Estimates of the groups that have a finished run, with the interval to draw.
+    """Estimates of the groups that have a finished run, with the interval to draw; the first key's values in the order
+    of the protocol, whichever of their runs are there.
 
     The t interval of two seeds is 13 standard errors wide and would hide everything else: their range is drawn instead.
     """
     data = estimates(frame, keys, measures)
-    data = data[data.n > 0].drop(columns="mark")
+    order = {value: number for number, value in enumerate(dict.fromkeys(data[keys[0]]))}
+    data = data[data.n > 0].drop(columns="mark").sort_values(
+        keys[0], key=lambda column: column.map(order), kind="stable", ignore_index=True)
     two = data.n == 2
     half = data.sd[two] / 2 ** 0.5
     data.loc[two, "low"], data.loc[two, "high"] = data["mean"][two] - half, data["mean"][two] + half

@@ -81,7 +81,7 @@ def worth(results: Results, item: str) -> Table:
                 for measure in SHOWN:
                     paired = pairs(settings[first], settings[second], measure)
                     line[kind, heading(measure)] = Value(MISSING)
-                    if paired:
+                    if paired and (attack != ALL or len(differences(paired)) == frame.attack.nunique()):
                         gap = (hierarchical_bootstrap(list(differences(paired).values())) if attack == ALL else
                                mean_difference(results, paired, measure))
                         runs = tuple(name for pair in paired for name in (pair.run_first, pair.run_second))
@@ -93,8 +93,8 @@ def worth(results: Results, item: str) -> Table:
             shown.append(line)
     return table(name, f"FMP: what each fault of the released script is worth, {victims}",
                  f"{factor.on}. Points by which a fault changes a measure: the method with it minus the same without, "
-                 "paired by seed; 95 % interval over seeds, with one seed over test images; over all, a hierarchical "
-                 "bootstrap.",
+                 "paired by seed; 95 % interval over seeds, with one seed over test images; over all, where it "
+                 "ran on all, a hierarchical bootstrap.",
                  grouped(shown) if numbers else pd.DataFrame(), pd.DataFrame(numbers), frame)
 
 

@@ -143,6 +143,16 @@ def test_faults_on_published_checkpoints(tmp_path: Path) -> None:
     assert "Several attacks" not in figure.caption
 
 
+def test_what_has_not_run_everywhere_is_no_row_of_all_and_keeps_its_place(tmp_path: Path) -> None:
+    found = entries(replace(PROFILES["cpu"], seeds=(0,)), [PAPER], ["published-faults"])
+    results = Results(made(tmp_path, [entry for entry in found if entry.labels["attack"] != "NAD's"
+                                      or entry.labels["faults"] in (BEFORE_ANY, "described", "released")]).store, found)
+    data = next(table for table in tables.tables(results) if table.name == f"{PAPER}-worth-published").data
+    assert len(data) and ALL not in set(data.attack)
+    drawn = next(figure for figure in figures.figures(results) if figure.name == f"{PAPER}-published-faults").data
+    assert list(dict.fromkeys(drawn.faults)) == list(dict.fromkeys(entry.labels["faults"] for entry in found))
+
+
 def test_claims(tmp_path: Path) -> None:
     six = [entry for entry in entries(PROFILES["paper"], [PAPER], ["main"])
            if entry.labels["attack"] in ("BadNets", "SSBA")]
