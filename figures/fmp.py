@@ -11,7 +11,7 @@ from figures.style import BARS, LABELS, Figure, canvas, done, dots, legend, look
 from reproduce.protocols.fmp import METHOD, PAPER
 from reproduce.results import Results
 from tables.comparison import Factor, main_rows, rows
-from tables.fmp import FACTORS, FAULTS_ON, STUDY, pruned_maps
+from tables.fmp import CLEAN, FACTORS, FAULTS_ON, STUDY, pruned_maps
 from tables.layout import averages
 
 MAPS_ON = 3     # attacks shown in the picture of maps
@@ -84,7 +84,7 @@ def faults(results: Results, factor: Factor) -> Figure | None:
     if not len(data):
         return None
     return Figure(factor.item, f"FMP: the faults of the released script, {FAULTS_ON[factor.item][1]}",
-                  f"{factor.on}. {factor.caption} {BARS} {seeds(data)}.",
+                  f"{factor.on}. {factor.caption} {CLEAN} {BARS} {seeds(data)}.",
                   lambda: dots(data, "faults", "attack", ("asr", "acc")), data, seeds(data))
 
 

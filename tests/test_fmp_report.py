@@ -22,7 +22,7 @@ from reproduce.results import Results
 from reproduce.store import Store
 from tables import fmp as tables
 from tables import render
-from tables.fmp import ALL
+from tables.fmp import ALL, CLEAN
 from tables.layout import estimate
 from tests.synthetic import write_run
 
@@ -77,6 +77,8 @@ def test_every_item_has_its_table(results: Results) -> None:
         for text in (render.markdown(table, QUICK), render.html(table, QUICK)):
             assert not re.search(r"\bnan\b", text, re.IGNORECASE)
     assert tables.tables(Results(Store(Path("nowhere")), [])) == []
+    unsaid = {table.name for table in built if CLEAN not in table.caption}
+    assert unsaid == {table.name for table in built if re.search("five-percent|clean-fraction", table.name)}
 
 
 def test_every_item_has_its_figure(results: Results, tmp_path: Path) -> None:
