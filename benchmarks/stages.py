@@ -53,7 +53,7 @@ class Sizes:
     encoder: tuple[int, int] = (6, 384)     # layers, width
 
 
-QUICK = Sizes(poison_train=200, poison_test=50, augment=128, train=64, test=64, run_train=32, run_test=32, run_epochs=2,
+QUICK = Sizes(poison_train=200, poison_test=50, augment=128, train=64, test=64, run_train=16, run_test=16, run_epochs=2,
               map_images=4, sentences=40, encoder=(2, 64))
 
 

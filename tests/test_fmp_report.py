@@ -113,7 +113,7 @@ def test_carriers_are_the_maps_that_the_trigger_moves_most(results: Results) -> 
 def test_worth_of_a_fault_is_the_difference_it_makes(results: Results) -> None:
     table = next(table for table in tables.tables(results) if table.name == f"{PAPER}-worth")
     data = table.data
-    assert set(data.fault) == {"noise", "rotated", "leak"} < set(FAULTS)
+    assert set(data.fault) == {"noise", "leak"} < set(FAULTS)
     added = data[(data.comparison == "Added to described") & (data.measure == "asr")]
     frame = results.frame(PAPER, "faults")
     for row in added.itertuples():

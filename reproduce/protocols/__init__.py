@@ -85,7 +85,7 @@ class Profile:
         return list(listed)[:2] if self.smoke and seed != self.seeds[0] else list(listed)
 
     def values(self, listed: dict[str, Any]) -> dict[str, Any]:
-        """Those of a factor's numbers that are run: to show that it is varied, two are enough."""
+        """Those of a factor's values that are run: to show that it is varied, two are enough."""
         return dict(list(listed.items())[:2]) if self.smoke else listed
 
     def victim(self, recipe: AnyRecipe) -> AnyRecipe:
@@ -136,7 +136,7 @@ PROFILES = {
     profile.name: profile for profile in (
         Profile("quick", "smoke scale: embedded digits and sentences, shortened victims; shows that everything runs, "
                          "says nothing about the papers", "digits", "wrn-10-0.5", (0, 1), clean_fraction=0.10,
-                victim_epochs=6, defense_epochs=4, smoke=True, preact="preact-resnet-18-w8",
+                victim_epochs=6, defense_epochs=3, smoke=True, preact="preact-resnet-18-w8",
                 elsewhere=(), texts=("sentences",), encoder=TINY),
         Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, what else takes long cut too, two seeds: a night on "
                        "eight cores; FMP on a narrow network, one seed",

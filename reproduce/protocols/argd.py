@@ -101,7 +101,7 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
     """Everything that varies one factor, on BadNets."""
     on = victim(profile, "badnets", "nad", "released", seed)
     found = fractions(profile, PAPER, on, [one for one in DESCRIBED_ROWS if one.label != "NAD"])
-    for teacher, changes in TEACHERS.items():
+    for teacher, changes in profile.values(TEACHERS).items():
         config = replace(_DESCRIBED, **changes)
         methods: dict[str, Any] = {NODES: argd.nodes_only(config), "ARGD": config}
         found += [replace(entry, labels={"teacher": teacher, **entry.labels})

@@ -39,7 +39,7 @@ FLIPPED = ("cifar10",)      # dataset_and_transform_generate.py of the same: no 
 ATTACKS = {"BadNets": "badnets", "Blended": "blend", "Low-frequency": "low_frequency", "SSBA": "ssba",
            "WaNet": "wanet", "Input-aware": "input_aware", "SIG": "sig"}
 SMOKE_ATTACKS = ("BadNets", "Low-frequency", "SSBA")
-SMOKE_FAULTS = ("noise", "rotated", "leak")
+SMOKE_FAULTS = ("noise", "leak")
 RATES = (0.001, 0.01, 0.05, 0.1)
 
 # By architecture the first layer's channels; of PreAct-ResNet18's the paper's p = 64 prunes one.

@@ -98,7 +98,7 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
     found = fractions(profile, PAPER, on, FRACTION_ROWS)
     for item, label, settings in (
             ("attention", "attention", ATTENTIONS), ("distillation", "distillation", DISTILLATIONS),
-            ("teacher", "teacher", TEACHERS),
+            ("teacher", "teacher", profile.values(TEACHERS)),
             ("beta", "beta", profile.values(BETAS)),
             ("variants", "variant", VARIANTS)):
         found += sweep(profile, PAPER, item, label, on, "nad", settings)
