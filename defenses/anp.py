@@ -64,7 +64,7 @@ class Config:
     eps: float = 0.4                # oc:35
     steps: int = 1                  # of the perturbation; oc:36
     alpha: float = 0.2              # oc:37
-    iterations: int = field(default=2000, metadata={"smoke": 10, "short": 500})  # oc:23
+    iterations: int = field(default=2000, metadata={"smoke": 5, "short": 500})  # oc:23
     threshold: float | None = None
     highest: float = 0.9            # of the grid; pn:32
     spacing: float = 0.05           # of the grid; pn:33

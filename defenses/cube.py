@@ -43,6 +43,7 @@ MODALITY = "text"
 class Config:
     components: int = 20  # T:339
     perplexity: float = 30.0  # ours: scikit-learn's default
+    iterations: int = field(default=1000, metadata={"smoke": 250, "since": "the smoke scale cuts it"})  # likewise
     neighbours: int = field(default=100, metadata={"smoke": 20})  # C:96, min_samples
     smallest: int = 5  # min_cluster_size, the default of HDBSCAN at C:99
     share: float = 0.5  # C:118
@@ -94,7 +95,8 @@ def clustered(features: Tensor, config: Config) -> Tensor:
         raise UserError(f"cube: {len(features)} training sentences are too few for {config.neighbours} neighbours and "
                         f"perplexity {config.perplexity:g}")
     points = PCA(min(config.components, *features.shape), random_state=0).fit_transform(features.double().numpy())
-    plane = TSNE(2, perplexity=config.perplexity, random_state=0, n_jobs=1).fit_transform(points)
+    plane = TSNE(2, perplexity=config.perplexity, max_iter=config.iterations, random_state=0,
+                 n_jobs=1).fit_transform(points)
     # One more, because the point itself is counted; the library that was used does not.
     search = HDBSCAN(min_cluster_size=config.smallest, min_samples=config.neighbours + 1, copy=True)
     return torch.from_numpy(search.fit_predict(plane)).long()

@@ -87,7 +87,7 @@ def test_items_on_request_are_left_out_unless_named() -> None:
         entries(PROFILES["paper"], ["nad"], ["nonsense"])
 
 
-@pytest.mark.parametrize(("name", "iterations", "masks"), [("quick", 10, 2), ("cpu", 500, 3), ("paper", 2000, 25)])
+@pytest.mark.parametrize(("name", "iterations", "masks"), [("quick", 5, 2), ("cpu", 500, 3), ("paper", 2000, 25)])
 def test_a_shorter_scale_cuts_more_than_epochs(name: str, iterations: int, masks: int) -> None:
     profile = PROFILES[name]
     assert profile.defense(anp.SETTINGS["mcldef", "described"]).iterations == iterations
