@@ -171,31 +171,42 @@ def significance(results: Results, study: Study, item: str, control: str) -> Tab
         base = frame[(frame.defense == control) & (frame.variant == variant)]
         compared += [{"defense": defense, "settings": variant, **against(results, part, base, measure)}
                      for measure in ("asr", "acc")]
+    # The first control's table has the plain name.
+    number = study.controls.index(control)
+    return tested(f"{item}-significance{f'-{number + 1}' if number else ''}",
+                  f"{study.name}: each defense against {control}, {study.attacks.get(item, f'on {AUTHORS_VICTIM}')}",
+                  f"Defense minus {control} with the same settings", compared,
+                  {"defense": "Defense", "settings": "Settings"}, frame, sample=study.sample)
+
+
+def tested(name: str, title: str, compared_is: str, compared: list[dict[str, Any]], labels: dict[str, str],
+           source: pd.DataFrame, group: str = "an attack", sample: str = "image") -> Table:
+    """A table of paired comparisons. compared_is: what is subtracted from what, in words; compared: for each row its
+    labels and the numbers of `against`; labels: their headings; group: what the differences are grouped by."""
+    noun = group.split()[-1]
     data = pd.DataFrame(compared)
     data = data[data.n > 0].copy() if len(data) else data
     shown = []
     if len(data):
         data.insert(data.columns.get_loc("p") + 1, "p_holm", holm(data.p.to_list()))
         shown = [{
-            "Defense": row.defense, "Settings": row.settings, "Measure": heading(row.measure),
+            **{heading_: row[key] for key, heading_ in labels.items()}, "Measure": heading(row.measure),
             "Difference": Value(f"{row.difference:+.2f}{bounds(row.low, row.high, 2, '+')}",
                                 runs=tuple(row.runs.split())),
             "Pairs": Value(str(row.n)), "p": Value(probability(row.p)), "p (Holm)": Value(probability(row.p_holm)),
-            "Attacks": Value(str(row.n_attacks)), "p over attacks": Value(probability(row.p_attacks)),
+            f"{noun.capitalize()}s": Value(str(row.n_attacks)),
+            f"p over {noun}s": Value(probability(row.p_attacks)),
             "McNemar lower / higher / pairs": Value(f"{row.mcnemar_lower} / {row.mcnemar_higher} / {row.n}"),
         } for row in data.iloc]
-    # The first control's table has the plain name.
-    number = study.controls.index(control)
-    return table(f"{item}-significance{f'-{number + 1}' if number else ''}",
-                 f"{study.name}: each defense against {control}, {study.attacks.get(item, f'on {AUTHORS_VICTIM}')}",
-                 f"Defense minus {control} with the same settings, in points: mean over attacks with a 95 % "
-                 "hierarchical bootstrap interval. p: exact two-sided Wilcoxon signed-rank test over (attack, seed) "
-                 "pairs, which takes the seeds of an attack as independent; p over attacks: the same on one mean "
-                 "difference per attack, not corrected. Below 6 non-zero differences p cannot reach 0.05. Holm: over "
+    return table(name, title,
+                 f"{compared_is}, in points: mean over {noun}s with a 95 % "
+                 f"hierarchical bootstrap interval. p: exact two-sided Wilcoxon signed-rank test over ({noun}, seed) "
+                 f"pairs, which takes the seeds of {group} as independent; p over {noun}s: the same on one mean "
+                 f"difference per {noun}, not corrected. Below 6 non-zero differences p cannot reach 0.05. Holm: over "
                  "the rows of this table. McNemar: in how many pairs, test "
-                 f"{study.sample} by test {study.sample}, the measure is "
+                 f"{sample} by test {sample}, the measure is "
                  "significantly lower or higher (5 %, Holm over the pairs of the row).", pd.DataFrame(shown), data,
-                 frame)
+                 source)
 
 
 def against(results: Results, part: pd.DataFrame, control: pd.DataFrame, measure: str) -> dict[str, Any]:

@@ -10,7 +10,20 @@ from reproduce.protocols.fmp import METHOD, NO_PRUNING, PAPER, RANDOM
 from reproduce.results import Results
 from reproduce.statistics import hierarchical_bootstrap
 from reproduce.store import Run
-from tables.comparison import Factor, Study, ablation, bounds, clean_fraction, cost, details, grids, if_present, rows
+from tables.comparison import (
+    Factor,
+    Study,
+    ablation,
+    against,
+    bounds,
+    clean_fraction,
+    cost,
+    details,
+    grids,
+    if_present,
+    rows,
+    tested,
+)
 from tables.layout import differences, grouped, mean_difference, measured, pairs, table
 from tables.render import MISSING, Table, Value, heading
 
@@ -50,12 +63,17 @@ CARRIERS = {     # {item: (table name, {label: heading} of its rows)}
 # {item: (table name, what its victims are)}
 FAULTS_ON = {"faults": ("worth", "own victims"), "published-faults": ("worth-published", "published checkpoints")}
 
+# What the choice of maps is worth: (the method, the same without its choice)
+CHOICE = (("described", "described, no pruning"), ("released", "released, no pruning"),
+          ("described", "described, random maps"), ("described", "described, least active maps"))
+
 
 def tables(results: Results, smoke: bool = False) -> list[Table]:
     """Every table whose entries are at hand, in the report's order."""
     built = grids(results, STUDY)
     for item in FAULTS_ON:
         built += if_present(results, PAPER, item, lambda one=item: worth(results, one))
+    built += if_present(results, PAPER, "published-faults", lambda: choice(results))
     for item in CARRIERS:
         built += if_present(results, PAPER, item, lambda one=item: carriers(results, one))
     built += details(results, STUDY) + clean_fraction(results, STUDY)
@@ -97,6 +115,17 @@ def worth(results: Results, item: str) -> Table:
                  "paired by seed; 95 % interval over seeds, with one seed over test images; over all, where it "
                  "ran on all, a hierarchical bootstrap.",
                  grouped(shown) if numbers else pd.DataFrame(), pd.DataFrame(numbers), frame)
+
+
+def choice(results: Results) -> Table:
+    """FMP against the same fine-tuning after no pruning, or after another choice of as many maps."""
+    frame = rows(results, PAPER, "published-faults", "attack", "faults")
+    compared = [{"settings": method, "control": control, **against(
+        results, frame[frame.faults == method], frame[frame.faults == control], measure)}
+        for method, control in CHOICE for measure in ("asr", "acc")]
+    return tested("choice-published", "FMP: what pruning and the choice of maps are worth, published checkpoints",
+                  f"BadNets, on {CHECKPOINTS}. FMP minus the control on the same checkpoint", compared,
+                  {"settings": "FMP", "control": "Control"}, frame, group="a checkpoint")
 
 
 def carriers(results: Results, item: str) -> Table:

@@ -140,6 +140,11 @@ def test_faults_on_published_checkpoints(tmp_path: Path) -> None:
     assert len(one) == 3 and three.n == 3
     assert three.difference == pytest.approx(one.difference.mean())
     assert three.low <= one.difference.min() + 1e-9 and three.high >= one.difference.max() - 1e-9
+    choice = built[f"{PAPER}-choice-published"]
+    assert len(choice) == 8 and set(choice.n) == set(choice.n_attacks) == {3}, "four controls, ASR and ACC"
+    idle = choice[(choice.control == "described, least active maps") & (choice.measure == "asr")].iloc[0]
+    means = listed[listed.measure == "asr"].set_index(["attack", "faults"])["mean"].unstack()
+    assert idle.difference == pytest.approx((means["described"] - means["described, least active maps"]).mean())
     figure = next(figure for figure in figures.figures(results) if figure.name == f"{PAPER}-published-faults")
     assert set(figure.data.attack) == {"NAD's", "ARGD's", "MCLDef's"}
     assert "Several attacks" not in figure.caption
