@@ -190,7 +190,7 @@ def tested(name: str, title: str, compared_is: str, compared: list[dict[str, Any
     if len(data):
         data.insert(data.columns.get_loc("p") + 1, "p_holm", holm(data.p.to_list()))
         shown = [{
-            **{heading_: row[key] for key, heading_ in labels.items()}, "Measure": heading(row.measure),
+            **{column: row[key] for key, column in labels.items()}, "Measure": heading(row.measure),
             "Difference": Value(f"{row.difference:+.2f}{bounds(row.low, row.high, 2, '+')}",
                                 runs=tuple(row.runs.split())),
             "Pairs": Value(str(row.n)), "p": Value(probability(row.p)), "p (Holm)": Value(probability(row.p_holm)),
@@ -199,13 +199,12 @@ def tested(name: str, title: str, compared_is: str, compared: list[dict[str, Any
             "McNemar lower / higher / pairs": Value(f"{row.mcnemar_lower} / {row.mcnemar_higher} / {row.n}"),
         } for row in data.iloc]
     return table(name, title,
-                 f"{compared_is}, in points: mean over {noun}s with a 95 % "
-                 f"hierarchical bootstrap interval. p: exact two-sided Wilcoxon signed-rank test over ({noun}, seed) "
-                 f"pairs, which takes the seeds of {group} as independent; p over {noun}s: the same on one mean "
-                 f"difference per {noun}, not corrected. Below 6 non-zero differences p cannot reach 0.05. Holm: over "
-                 "the rows of this table. McNemar: in how many pairs, test "
-                 f"{sample} by test {sample}, the measure is "
-                 "significantly lower or higher (5 %, Holm over the pairs of the row).", pd.DataFrame(shown), data,
+                 f"{compared_is}, in points: mean over {noun}s with a 95 % hierarchical bootstrap interval. p: exact "
+                 f"two-sided Wilcoxon signed-rank test over ({noun}, seed) pairs, which takes the seeds of {group} as "
+                 f"independent; p over {noun}s: the same on one mean difference per {noun}, not corrected. Below 6 "
+                 "non-zero differences p cannot reach 0.05. Holm: over the rows of this table. McNemar: in how many "
+                 f"pairs, test {sample} by test {sample}, the measure is significantly lower or higher (5 %, Holm over "
+                 "the pairs of the row).", pd.DataFrame(shown), data,
                  source)
 
 

@@ -62,7 +62,6 @@ CARRIERS = {     # {item: (table name, {label: heading} of its rows)}
     "published-faults": ("carriers-published", {"attack": "Checkpoint", "faults": "Settings"})}
 # {item: (table name, what its victims are)}
 FAULTS_ON = {"faults": ("worth", "own victims"), "published-faults": ("worth-published", "published checkpoints")}
-
 # What the choice of maps is worth: (the method, the same without its choice)
 CHOICE = (("described", "described, no pruning"), ("released", "released, no pruning"),
           ("described", "described, random maps"), ("described", "described, least active maps"))

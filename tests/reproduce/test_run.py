@@ -31,6 +31,9 @@ from reproduce.training import Recipe
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = [sys.executable, "-m", "reproduce", "run", "--profile", "quick", "--item", "beta", "--seeds", "1", "--jobs", "2"]
+RECIPE = Recipe(epochs=1, rates=((0, 0.1),))
+VICTIM = Victim("digits", "wrn-10-0.5", RECIPE, 0, "badnets", badnets.Config())
+CELL = Cell(VICTIM, "ft", ft.Config(RECIPE), 0.05)
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
@@ -131,13 +134,11 @@ def test_a_damaged_run_is_named_and_computed_again(undisturbed: Path) -> None:
 
 
 def test_a_failing_run_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
-    recipe = Recipe(epochs=1, rates=((0, 0.1),))
-    good = Victim("digits", "wrn-10-0.5", recipe, 0, "badnets", badnets.Config())
-    bad = replace(good, settings=badnets.Config(pattern=((255,) * 40,)))  # wider than the image
-    cells = [Cell(victim, "ft", ft.Config(recipe), 0.05) for victim in (good, bad)]
+    bad = replace(VICTIM, settings=badnets.Config(pattern=((255,) * 40,)))  # wider than the image
+    cells = [CELL, replace(CELL, victim=bad)]
     lines: list[str] = []
-    outcome = execute([good, bad, *cells], Workers(tmp_path, tmp_path, 1), lines.append)
-    assert set(outcome.done) == {good.name, cells[0].name}
+    outcome = execute([VICTIM, bad, *cells], Workers(tmp_path, tmp_path, 1), lines.append)
+    assert set(outcome.done) == {VICTIM.name, CELL.name}
     assert set(outcome.failed) == {bad.name, cells[1].name}
     assert f"needs {bad.name}" in outcome.failed[cells[1].name]
     store = Store(tmp_path)
@@ -146,72 +147,64 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_what_an_export_left_out_is_computed_again_where_it_is_needed(tmp_path: Path) -> None:
-    recipe = Recipe(epochs=1, rates=((0, 0.1),))
-    victim = Victim("digits", "wrn-10-0.5", recipe, 0, "badnets", badnets.Config())
-    cell = Cell(victim, "ft", ft.Config(recipe), 0.05)
-    execute([victim, cell], Workers(tmp_path / "whole", tmp_path, 1), lambda line: None)
+    execute([VICTIM, CELL], Workers(tmp_path / "whole", tmp_path, 1), lambda line: None)
     whole, exported = Store(tmp_path / "whole"), Store(tmp_path / "exported")
-    for task in (victim, cell):
+    for task in (VICTIM, CELL):
         exported.adopt(whole.find(task.name), ("model.safetensors",))
-    assert list(unfinished([victim, cell], exported)) == []
-    assert execute([victim, cell], Workers(exported.root, tmp_path, 1), print).reused == [victim.name, cell.name]
-    another = replace(cell, clean_fraction=0.1)
-    assert list(unfinished([victim, cell, another], exported)) == [victim.name, another.name]
-    assert execute([victim, cell, another], Workers(exported.root, tmp_path, 1), print).failed == {}
-    again = exported.find(victim.name, "model")
+    assert list(unfinished([VICTIM, CELL], exported)) == []
+    assert execute([VICTIM, CELL], Workers(exported.root, tmp_path, 1), print).reused == [VICTIM.name, CELL.name]
+    another = replace(CELL, clean_fraction=0.1)
+    assert list(unfinished([VICTIM, CELL, another], exported)) == [VICTIM.name, another.name]
+    assert execute([VICTIM, CELL, another], Workers(exported.root, tmp_path, 1), print).failed == {}
+    again = exported.find(VICTIM.name, "model")
     assert again.json("metrics")["info"]["same_as_before"] == 100
-    assert (again.path / "model.safetensors").read_bytes() == (whole.find(victim.name).path
+    assert (again.path / "model.safetensors").read_bytes() == (whole.find(VICTIM.name).path
                                                                / "model.safetensors").read_bytes()
-    assert exported.find(cell.name, "model") is None, "nothing needs the weights of a cell"
+    assert exported.find(CELL.name, "model") is None, "nothing needs the weights of a cell"
 
 
 def test_how_many_predictions_changed_is_noted(tmp_path: Path) -> None:
-    recipe = Recipe(epochs=1, rates=((0, 0.1),))
-    victim = Victim("digits", "wrn-10-0.5", recipe, 0, "badnets", badnets.Config())
     notes: list[str] = []
     runner = Runner(Store(tmp_path / "a"), tmp_path, torch.device("cpu"), note=notes.append)
-    run = runner.run(victim)
+    run = runner.run(VICTIM)
     with np.load(run.path / "predictions.npz") as archive:
         arrays = dict(archive)
     arrays["clean"][:10] += 1
     store = Store(tmp_path / "b")
-    store.write(victim.name, config=run.json("config"), environment={}, metrics=run.json("metrics"), history=[],
+    store.write(VICTIM.name, config=run.json("config"), environment={}, metrics=run.json("metrics"), history=[],
                 arrays={"predictions": arrays}, tensors={})
-    Runner(store, tmp_path, torch.device("cpu"), note=notes.append).run(victim, "model")
+    Runner(store, tmp_path, torch.device("cpu"), note=notes.append).run(VICTIM, "model")
     total = len(arrays["clean"]) + len(arrays["triggered"])
-    assert notes == [f"{victim.name}: computed again, because its model.safetensors had been left out; "
+    assert notes == [f"{VICTIM.name}: computed again, because its model.safetensors had been left out; "
                      f"{100 - 1000 / total:.2f} % of its predictions are as before"]
 
 
 def test_cells_of_a_victim_that_came_out_otherwise_are_computed_again(tmp_path: Path) -> None:
-    recipe = Recipe(epochs=1, rates=((0, 0.1),))
-    victim = Victim("digits", "wrn-10-0.5", recipe, 0, "badnets", badnets.Config())
-    other = replace(victim, attack="none", settings=None)
-    cell, elsewhere = Cell(victim, "ft", ft.Config(recipe), 0.05), Cell(other, "ft", ft.Config(recipe), 0.05)
-    another = replace(cell, clean_fraction=0.1)
-    tasks, workers = [victim, other, cell, elsewhere, another], Workers(tmp_path / "whole", tmp_path, 1)
+    other = replace(VICTIM, attack="none", settings=None)
+    elsewhere = replace(CELL, victim=other)
+    another = replace(CELL, clean_fraction=0.1)
+    tasks, workers = [VICTIM, other, CELL, elsewhere, another], Workers(tmp_path / "whole", tmp_path, 1)
     execute(tasks, workers, lambda line: None)
     whole, published = Store(tmp_path / "whole"), Store(tmp_path / "published")
-    for task in (victim, other, cell, elsewhere):
+    for task in (VICTIM, other, CELL, elsewhere):
         published.adopt(whole.find(task.name), ("model.safetensors",))
-    told = published.find(cell.name)
-    assert list(told.json("environment")["made_from"]) == [victim.name]
+    told = published.find(CELL.name)
+    assert list(told.json("environment")["made_from"]) == [VICTIM.name]
     # As if made from a victim that another processor trained.
-    published.write(cell.name, config=told.json("config"), environment={"made_from": {victim.name: "otherwise"}},
+    published.write(CELL.name, config=told.json("config"), environment={"made_from": {VICTIM.name: "otherwise"}},
                     metrics=told.json("metrics"), history=[], arrays={"predictions": told.arrays("predictions")},
                     tensors={})
     outcome = execute(tasks, Workers(published.root, tmp_path, 1), lambda line: None)
-    assert sorted(outcome.done) == sorted([victim.name, cell.name, another.name]) and not outcome.failed
+    assert sorted(outcome.done) == sorted([VICTIM.name, CELL.name, another.name]) and not outcome.failed
     assert outcome.reused == [other.name, elsewhere.name], "made from another victim"
-    assert published.find(cell.name).json("environment")["made_from"] == told.json("environment")["made_from"]
-    assert (published.find(cell.name).path / "predictions.npz").read_bytes() == (
-        whole.find(cell.name).path / "predictions.npz").read_bytes()
+    assert published.find(CELL.name).json("environment")["made_from"] == told.json("environment")["made_from"]
+    assert (published.find(CELL.name).path / "predictions.npz").read_bytes() == (
+        whole.find(CELL.name).path / "predictions.npz").read_bytes()
 
 
 def test_what_crashes_takes_nothing_else_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tasks were in flight when a process died: each is tried alone, and only the culprit fails."""
-    recipe = Recipe(epochs=1, rates=((0, 0.1),))
-    culprit, innocent = (Victim("digits", "wrn-10-0.5", recipe, seed, "badnets", badnets.Config()) for seed in (0, 1))
+    culprit, innocent = VICTIM, replace(VICTIM, seed=1)
     pool = Breaking({culprit.name})
     monkeypatch.setattr(engine, "_Pool", lambda workers: pool)
     outcome = execute([culprit, innocent], Workers(tmp_path, tmp_path, 2), lambda line: None)
@@ -250,25 +243,22 @@ class Breaking:
 
 
 def test_a_pool_that_broke_since_the_last_look_is_started_anew(tmp_path: Path) -> None:
-    task = Victim("digits", "wrn-10-0.5", Recipe(epochs=1, rates=((0, 0.1),)), 0, "badnets", badnets.Config())
     with engine._Pool(Workers(tmp_path, tmp_path, 1)) as pool:
         pool.executor.submit(os.getpid).result()
         for process in pool.executor._processes.values():
             process.kill()
             process.join()
         time.sleep(0.5)
-        assert "ACC" in pool.submit(task, None).result(timeout=120)
+        assert "ACC" in pool.submit(VICTIM, None).result(timeout=120)
 
 
 def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:
-    recipe = Recipe(epochs=1, rates=((0, 0.1),))
-    victim = Victim("digits", "wrn-10-0.5", recipe, 0, "badnets", badnets.Config())
     runner = Runner(Store(tmp_path), tmp_path, torch.device("cpu"))
-    inverting = mcldef.Config(target=0, pixel=mcldef.Pixel(steps=1), recipe=recipe)
-    shown = runner.run(Cell(victim, "mcldef", inverting, 0.05))
+    inverting = mcldef.Config(target=0, pixel=mcldef.Pixel(steps=1), recipe=RECIPE)
+    shown = runner.run(Cell(VICTIM, "mcldef", inverting, 0.05))
     assert runner.store.find(shown.name).tensors("defense")["trigger"].shape[0] == 3
     assert shown.json("metrics")["info"]["target"] == 0
-    assert not (runner.run(Cell(victim, "ft", ft.Config(recipe), 0.05)).path / "defense.safetensors").exists()
+    assert not (runner.run(CELL).path / "defense.safetensors").exists()
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
