@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from reproduce import claims
-from reproduce.cells import with_dependencies
+from reproduce.cells import Victim, with_dependencies
 from reproduce.engine import belong, single_threaded, start_method
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
@@ -151,11 +151,9 @@ def _environments(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _subjects(results: Results, profile: Profile) -> list[tuple[str, str]]:
-    """(data set, model) of the protocol's victims, each once."""
-    victims = [getattr(entry.task, "victim", None) for entry in results.entries]
-    pairs = [(victim.dataset, victim.model) for victim in victims if victim]
-    return list(dict.fromkeys(pairs)) or [(profile.dataset, profile.model)]
+def _victims(results: Results) -> list[Victim]:
+    """The victim of each of the protocol's runs."""
+    return [victim for entry in results.entries if (victim := getattr(entry.task, "victim", None))]
 
 
 def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str, Any]], found: list[claims.Claim],
@@ -167,10 +165,14 @@ def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str,
         png = base64.b64encode((folder / "figures" / f"{figure.name}.png").read_bytes()).decode()
         return {"name": figure.name, "title": figure.title, "caption": figure.caption, "png": png}
 
+    victims = _victims(results)
     measures = {measure for chapter in chapters for table in chapter["tables"]
                 for measure in table.data.get("measure", ())}
     return environment.get_template("report.html.j2").render(
-        profile=profile, smoke=profile.smoke, command=command, claims=found, subjects=_subjects(results, profile),
+        profile=profile, smoke=profile.smoke, command=command, claims=found,
+        subjects=list(dict.fromkeys((victim.dataset, victim.model) for victim in victims)) or [
+            (profile.dataset, profile.model)],
+        trained=not victims or any(victim.published is None for victim in victims),
         seeds=sorted({entry.task.seed for entry in results.entries}),
         chapters=[{"name": chapter["name"], "paper": chapter["paper"],
                    "tables": [{"name": table.name, "title": table.title,

@@ -18,6 +18,7 @@ from reproduce.claims import criteria
 from reproduce.claims import fmp as fmp_claims
 from reproduce.protocols import PROFILES, Entry, departure, entries
 from reproduce.protocols.fmp import BASELINES, BEFORE_ANY, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM
+from reproduce.report import write_report
 from reproduce.results import Results
 from reproduce.store import Store
 from tables import fmp as tables
@@ -145,6 +146,8 @@ def test_faults_on_published_checkpoints(tmp_path: Path) -> None:
     idle = choice[(choice.control == "described, least active maps") & (choice.measure == "asr")].iloc[0]
     means = listed[listed.measure == "asr"].set_index(["attack", "faults"])["mean"].unstack()
     assert idle.difference == pytest.approx((means["described"] - means["described, least active maps"]).mean())
+    page = write_report(results, PROFILES["cpu"], tmp_path / "report", "").page.read_text()
+    assert "no victim: all are published checkpoints" in page and "victims to" not in page
     figure = next(figure for figure in figures.figures(results) if figure.name == f"{PAPER}-published-faults")
     assert set(figure.data.attack) == {"NAD's", "ARGD's", "MCLDef's"}
     assert "Several attacks" not in figure.caption

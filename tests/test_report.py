@@ -68,6 +68,7 @@ def test_page_names_gaps_profile_and_command(summary: ReportSummary) -> None:
     assert "ValueError: no &lt;such&gt; layer" in page and "main-CL-MCR-described-s0" in page
     assert "./run_all.sh --profile quick &lt;&amp;&gt;" in page
     assert "Smoke scale" in page and "embedded digits" in page and "2026-01-01T00:00:00Z" in page
+    assert "victims to 6 epochs" in page
 
 
 def test_a_failed_run_that_others_need_is_shown_with_what_it_took_along(tmp_path: Path) -> None:
