@@ -120,5 +120,5 @@ def trade_off(results: Results, item: str) -> Figure | None:
     attacks = int(data.n_attacks.max())
     return Figure(f"trade-off{'' if item == 'main' else f'-{item}'}",
                   f"FMP: trade-off on {STUDY.attacks[item]}",
-                  f"Means over {attacks} attacks; bars: 95 % hierarchical bootstrap intervals over attacks and seeds. "
+                  f"Means over {attacks} attacks; bars: Student's 95 % intervals over attacks. "
                   "Best is top left.", draw, data)

@@ -22,7 +22,6 @@ from reproduce.cells import Victim, with_dependencies
 from reproduce.engine import belong, single_threaded, start_method
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
-from reproduce.statistics import DRAWS
 from tables import render
 from tables.layout import legend
 
@@ -181,4 +180,4 @@ def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str,
                    "figures": [shown(figure) for figure in chapter["figures"]]}
                   for chapter in chapters],
         runs=runs, counted={status: counted[status] for status in STATUSES}, environments=_environments(runs),
-        total=len(runs), legend=legend(measures, "sample"), draws=DRAWS)
+        total=len(runs), legend=legend(measures, "sample"))

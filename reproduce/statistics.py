@@ -13,7 +13,6 @@ from scipy import stats
 
 LEVEL = 0.95
 ALPHA = 0.05
-DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,21 @@ def _t(values: Sequence[float], scale: float, level: float) -> Interval:
     mean, sd = float(np.mean(values)), sample_sd(values)
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * sd * scale if len(values) > 1 else math.nan
     return Interval(mean, mean - half, mean + half)
+
+
+def over_groups(groups: Sequence[Sequence[float]], level: float = LEVEL) -> Interval:
+    """Mean over groups (attacks) of the mean within each (over seeds), with Student's interval over the groups' means;
+    of a single group, over its values.
+
+    It covers other attacks of the same kind as well as other seeds, whose spread is in the groups' means, and errs on
+    the safe side where these spread unequally (Ibragimov & Mueller, JBES 2010). With the few groups there are here a
+    percentile bootstrap of groups, then values is too narrow: on normal values its 95 % interval holds the true mean in
+    77 of 100 samples of three groups, 82 of five and 88 of six. A single value has none (NaN).
+    """
+    groups = [group for group in groups if len(group)]
+    if len(groups) == 1:
+        return t_interval(groups[0], level)
+    return t_interval([float(np.mean(group)) for group in groups], level)
 
 
 def paired_t(differences: Sequence[float]) -> PairedTest:
@@ -177,31 +191,3 @@ def ranking(values: np.ndarray) -> Ranking:
     pairs = [(i, j) for i in range(treatments) for j in range(i + 1, treatments)]
     adjusted = holm([wilcoxon(values[:, i] - values[:, j]).p for i, j in pairs])
     return Ranking(blocks, p, tuple(map(float, ranks)), dict(zip(pairs, adjusted, strict=True)))
-
-
-def hierarchical_bootstrap(groups: Sequence[Sequence[float]], level: float = LEVEL, draws: int = DRAWS,
-                           seed: int = 0) -> Interval:
-    """Mean over groups of the mean within each, with a percentile interval from a two-stage bootstrap.
-
-    Each draw resamples the groups (attacks), then the values (seeds) within each drawn group (Davison & Hinkley 1997,
-    section 3.8), so it covers other attacks of the same kind as well as other seeds. The generator is fixed: the same
-    values give the same interval. A single value has none (NaN).
-    """
-    groups = [np.asarray(group, dtype=float) for group in groups if len(group)]
-    if not groups:
-        return Interval(math.nan, math.nan, math.nan)
-    mean = float(np.mean([group.mean() for group in groups]))
-    sizes = np.array([len(group) for group in groups])
-    if sizes.sum() == 1:
-        return Interval(mean, math.nan, math.nan)
-    padded = np.zeros((len(groups), sizes.max()))
-    for row, group in zip(padded, groups, strict=True):
-        row[:len(group)] = group
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(len(groups), size=(draws, len(groups), 1))
-    size = sizes[drawn]
-    within = (generator.random((draws, len(groups), padded.shape[1])) * size).astype(int)
-    counted = np.arange(padded.shape[1]) < size
-    means = np.where(counted, padded[drawn, within], 0.0).sum(2) / size[..., 0]
-    low, high = np.quantile(means.mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from reproduce.results import Results
-from reproduce.statistics import ALPHA, hierarchical_bootstrap, holm, wilcoxon
+from reproduce.statistics import ALPHA, holm, over_groups, wilcoxon
 from tables.layout import (
     BEFORE,
     PERCENT,
@@ -152,10 +152,9 @@ def mean_over_attacks(results: Results, study: Study, item: str) -> Table:
             shown.append({"Attacks": f"{which} ({first.n_attacks})", "Settings": settings, "Defense": defense, **cells,
                           "Runs": Value(str(first.n))})
     return table(f"{item}-averages", f"{study.name}: averages over attacks, {study.attacks[item]}",
-                 "Percent: mean over attacks of the mean over seeds, with a 95 % hierarchical bootstrap interval "
-                 "(attacks, then seeds). Only (attack, seed) pairs finished for every defense of the block count. With "
-                 "six attacks or fewer such intervals are somewhat too narrow.", pd.DataFrame(shown), data,
-                 pd.concat(frames.values()))
+                 "Percent: mean over attacks of the mean over seeds, with Student's 95 % interval over the attacks, "
+                 "or over the seeds of a single one. Only (attack, seed) pairs finished for every defense of the block "
+                 "count.", pd.DataFrame(shown), data, pd.concat(frames.values()))
 
 
 def _against(control: str) -> Callable[[Results, Study, str], Table]:
@@ -199,7 +198,8 @@ def tested(name: str, title: str, compared_is: str, compared: list[dict[str, Any
             "McNemar lower / higher / pairs": Value(f"{row.mcnemar_lower} / {row.mcnemar_higher} / {row.n}"),
         } for row in data.iloc]
     return table(name, title,
-                 f"{compared_is}, in points: mean over {noun}s with a 95 % hierarchical bootstrap interval. p: exact "
+                 f"{compared_is}, in points: mean over {noun}s with Student's 95 % interval over the {noun}s' "
+                 f"means, or over the seeds of a single one. p: exact "
                  f"two-sided Wilcoxon signed-rank test over ({noun}, seed) pairs, which takes the seeds of {group} as "
                  f"independent; p over {noun}s: the same on one mean difference per {noun}, not corrected. Below 6 "
                  "non-zero differences p cannot reach 0.05. Holm: over the rows of this table. McNemar: in how many "
@@ -212,7 +212,7 @@ def against(results: Results, part: pd.DataFrame, control: pd.DataFrame, measure
     """Paired comparison of one measure: difference in points, Wilcoxon over pairs and over attacks, McNemar counts."""
     paired = pairs(part, control, measure)
     by_attack = list(differences(paired).values())
-    interval = hierarchical_bootstrap(by_attack)
+    interval = over_groups(by_attack)
     test = wilcoxon([pair.difference for pair in paired])
     over_attacks = wilcoxon([sum(values) / len(values) for values in by_attack])
     single = [by_image(results, pair, measure) for pair in paired]

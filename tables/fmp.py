@@ -8,7 +8,7 @@ import pandas as pd
 from defenses.fmp import FAULTS
 from reproduce.protocols.fmp import METHOD, NO_PRUNING, PAPER, RANDOM
 from reproduce.results import Results
-from reproduce.statistics import hierarchical_bootstrap
+from reproduce.statistics import over_groups
 from reproduce.store import Run
 from tables.comparison import (
     Factor,
@@ -100,7 +100,7 @@ def worth(results: Results, item: str) -> Table:
                     paired = pairs(settings[first], settings[second], measure)
                     line[kind, heading(measure)] = Value(MISSING)
                     if paired and (attack != ALL or len(differences(paired)) == frame.attack.nunique()):
-                        gap = (hierarchical_bootstrap(list(differences(paired).values())) if attack == ALL else
+                        gap = (over_groups(list(differences(paired).values())) if attack == ALL else
                                mean_difference(results, paired, measure))
                         runs = tuple(name for pair in paired for name in (pair.run_first, pair.run_second))
                         line[kind, heading(measure)] = Value(
@@ -112,7 +112,7 @@ def worth(results: Results, item: str) -> Table:
     return table(name, f"FMP: what each fault of the released script is worth, {victims}",
                  f"{factor.on}. Points by which a fault changes a measure: the method with it minus the same without, "
                  "paired by seed; 95 % interval over seeds, with one seed over test images; over all, where it "
-                 "ran on all, a hierarchical bootstrap.",
+                 "ran on all, over the attacks' means.",
                  grouped(shown) if numbers else pd.DataFrame(), pd.DataFrame(numbers), frame)
 
 

@@ -17,9 +17,9 @@ from reproduce.statistics import (
     Interval,
     McNemar,
     PairedTest,
-    hierarchical_bootstrap,
     holm,
     mcnemar,
+    over_groups,
     paired_difference,
     paired_t,
     sample_sd,
@@ -107,9 +107,14 @@ def estimate(rows: pd.DataFrame, measure: str) -> Estimate:
             low, high = hanley_mcneil(values[0], counted("n_nontarget"), counted("n_clean"))
             method = "Hanley-McNeil"
         return Estimate(1, values[0], math.nan, low, high, method)
-    interval = t_interval(values)
+    interval = possible(t_interval(values), measure)
+    return Estimate(len(values), interval.mean, sample_sd(values), interval.low, interval.high, "t")
+
+
+def possible(interval: Interval, measure: str) -> Interval:
+    """The part of a mean's interval that the measure can take: none is negative, and shares end at 100. NaN stays."""
     top = 100.0 if measure in COUNT or measure in AREAS else math.inf
-    return Estimate(len(values), interval.mean, sample_sd(values), max(0.0, interval.low), min(top, interval.high), "t")
+    return Interval(interval.mean, *np.clip([interval.low, interval.high], 0.0, top).tolist())
 
 
 def hanley_mcneil(area: float, positives: int, negatives: int, level: float = LEVEL) -> tuple[float, float]:
@@ -314,10 +319,10 @@ def common(frame: pd.DataFrame, keys: Sequence[str], measure: str) -> pd.DataFra
 
 
 def averages(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
-    """Mean over attacks per group, with a hierarchical bootstrap interval, on the (attack, seed) pairs all groups have.
+    """Mean over attacks per group, with an interval (`over_groups`), on the (attack, seed) pairs all groups have.
 
     Columns: keys, attacks ("all", and "working backdoors" where some did not take), measure, n_attacks, n (runs), mean,
-    low, high, runs.
+    low, high, runs, interval (what it is).
     """
     rows = []
     weak = not_taken(frame)
@@ -326,10 +331,11 @@ def averages(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) 
             shared = common(part, keys, measure)
             for group, runs in shared.groupby(list(keys), sort=False):
                 by_attack = [values[measure].to_list() for _, values in runs.groupby("attack", sort=False)]
-                interval = hierarchical_bootstrap(by_attack)
+                interval = possible(over_groups(by_attack), measure)
                 rows.append({**dict(zip(keys, group, strict=True)), "attacks": which, "measure": measure,
                              "n_attacks": len(by_attack), "n": len(runs), "mean": interval.mean, "low": interval.low,
-                             "high": interval.high, "runs": " ".join(runs.run)})
+                             "high": interval.high, "runs": " ".join(runs.run),
+                             "interval": f"t over {'attacks' if len(by_attack) > 1 else 'seeds'}"})
     return pd.DataFrame(rows)
 
 
@@ -356,7 +362,7 @@ def attack_grid(results: Results, frame: pd.DataFrame, *, name: str, title: str,
                      ("", "n"): f"{attacks} attack{'s' * (attacks != '1')}", **cells})
     shown = grouped(rows)
     extra = {"attack": "average, " + means.attacks + " (" + means.n_attacks.astype(str) + ")", "sd": math.nan,
-             "interval": "hierarchical bootstrap", "mark": ""} if len(means) else {}
+             "mark": ""} if len(means) else {}
     numbers = pd.concat([data, means.assign(**extra)[data.columns]]) if len(means) else data
     return table(name, title, f"{caption} Averages: over attacks, on the (attack, seed) pairs finished for every "
                  f"defense shown.{footnotes(data, weak)}", shown, numbers, frame, legend(measures))

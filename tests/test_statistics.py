@@ -9,9 +9,9 @@ from scipy import stats
 
 from reproduce.statistics import (
     Ranking,
-    hierarchical_bootstrap,
     holm,
     mcnemar,
+    over_groups,
     paired_difference,
     paired_t,
     prediction_interval,
@@ -108,22 +108,23 @@ def test_holm_by_hand() -> None:
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_bootstrap_is_deterministic_and_covers_the_groups() -> None:
-    groups = [[10.0, 11.0], [20.0, 21.0, 22.0], [30.0]]
-    interval = hierarchical_bootstrap(groups)
-    assert interval == hierarchical_bootstrap(groups)
-    assert interval.mean == pytest.approx((10.5 + 21 + 30) / 3)
-    # Three groups drawn with replacement: all from the lowest in 1 of 27 draws, so the 2.5 % quantile lies there.
-    assert 10.0 <= interval.low <= 11.0 and interval.high == pytest.approx(30.0)
+def test_over_groups_by_hand() -> None:
+    interval = over_groups([[10.0, 11.0], [20.0, 21.0, 22.0], [30.0], []])
+    half = 4.302653 * np.std([10.5, 21.0, 30.0], ddof=1) / math.sqrt(3)     # t(2) at 97.5 %
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((20.5, 20.5 - half, 20.5 + half))
+    assert over_groups([[1.0, 2.0, 3.0]]) == t_interval([1.0, 2.0, 3.0])
+    assert math.isnan(over_groups([[3.0]]).low) and over_groups([[3.0]]).mean == 3.0
+    assert math.isnan(over_groups([]).mean)
 
 
-def test_bootstrap_of_one_group_resamples_its_values() -> None:
-    values = np.random.default_rng(0).normal(50, 4, 40)
-    interval = hierarchical_bootstrap([values])
-    standard_error = values.std() / math.sqrt(40)
-    assert interval.high - interval.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
-    assert math.isnan(hierarchical_bootstrap([[3.0]]).low)
-    assert math.isnan(hierarchical_bootstrap([]).mean)
+@pytest.mark.parametrize(("attacks", "seeds", "between"),
+                         [(1, 3, 0.0), (1, 7, 0.0), (3, 3, 3.0), (5, 1, 1.0), (6, 6, 1.0), (6, 6, 0.0)])
+def test_over_groups_holds_the_true_mean_as_often_as_it_says(attacks: int, seeds: int, between: float) -> None:
+    rng = np.random.default_rng(0)
+    samples = rng.normal(0, between, (2000, attacks, 1)) + rng.normal(0, 1, (2000, attacks, seeds))
+    held = np.mean([interval.low <= 0 <= interval.high for interval in map(over_groups, samples)])
+    # Two thousand draws at 95 % have a standard error of half a point.
+    assert 0.935 <= held <= 0.965
 
 
 def test_ranking_agrees_with_friedmans_and_finds_cliques() -> None:

@@ -80,19 +80,19 @@ SIG,FT,asr,1,31.6667,,27.0765,36.6439,Wilson,,SIG-FT-s0
 SIG,FT,acc,1,84.75,,80.8976,87.9413,Wilson,best,SIG-FT-s0
 SIG,NAD,asr,2,5.83333,2.74986,0,30.5398,t,best,SIG-NAD-s0 SIG-NAD-s1
 SIG,NAD,acc,2,84.625,3.35876,54.4478,100,t,tied,SIG-NAD-s0 SIG-NAD-s1
-"average, all (2)",Before,asr,3,64.7917,,30.2778,99.5139,hierarchical bootstrap,,BadNets-Before-s0 SIG-Before-s0 BadNets-Before-s1
-"average, all (2)",FT,asr,3,32.3611,,31.6667,33.75,hierarchical bootstrap,,BadNets-FT-s0 SIG-FT-s0 BadNets-FT-s1
-"average, all (2)",NAD,asr,3,7.77778,,7.63889,7.91667,hierarchical bootstrap,,BadNets-NAD-s0 SIG-NAD-s0 BadNets-NAD-s1
-"average, all (2)",Before,acc,3,85.5,,82.75,89.125,hierarchical bootstrap,,BadNets-Before-s0 SIG-Before-s0 BadNets-Before-s1
-"average, all (2)",FT,acc,3,84.5,,83.875,84.875,hierarchical bootstrap,,BadNets-FT-s0 SIG-FT-s0 BadNets-FT-s1
-"average, all (2)",NAD,acc,3,83.6875,,82.25,85.1875,hierarchical bootstrap,,BadNets-NAD-s0 SIG-NAD-s0 BadNets-NAD-s1
-"average, working backdoors (1)",Before,asr,2,99.3056,,98.8889,99.7222,hierarchical bootstrap,,BadNets-Before-s0 BadNets-Before-s1
-"average, working backdoors (1)",FT,asr,2,33.0556,,31.6667,34.4444,hierarchical bootstrap,,BadNets-FT-s0 BadNets-FT-s1
-"average, working backdoors (1)",NAD,asr,2,7.77778,,7.5,8.05556,hierarchical bootstrap,,BadNets-NAD-s0 BadNets-NAD-s1
-"average, working backdoors (1)",Before,acc,2,88.25,,86.5,90,hierarchical bootstrap,,BadNets-Before-s0 BadNets-Before-s1
-"average, working backdoors (1)",FT,acc,2,84.25,,83.5,85,hierarchical bootstrap,,BadNets-FT-s0 BadNets-FT-s1
-"average, working backdoors (1)",NAD,acc,2,85.125,,85,85.25,hierarchical bootstrap,,BadNets-NAD-s0 BadNets-NAD-s1
-"""  # noqa: E501
+"average, all (2)",Before,asr,3,64.7917,,0,100,t over attacks,,BadNets-Before-s0 SIG-Before-s0 BadNets-Before-s1
+"average, all (2)",FT,asr,3,32.3611,,23.5374,41.1849,t over attacks,,BadNets-FT-s0 SIG-FT-s0 BadNets-FT-s1
+"average, all (2)",NAD,asr,3,7.77778,,7.77778,7.77778,t over attacks,,BadNets-NAD-s0 SIG-NAD-s0 BadNets-NAD-s1
+"average, all (2)",Before,acc,3,85.5,,50.5579,100,t over attacks,,BadNets-Before-s0 SIG-Before-s0 BadNets-Before-s1
+"average, all (2)",FT,acc,3,84.5,,81.3234,87.6766,t over attacks,,BadNets-FT-s0 SIG-FT-s0 BadNets-FT-s1
+"average, all (2)",NAD,acc,3,83.6875,,65.4223,100,t over attacks,,BadNets-NAD-s0 SIG-NAD-s0 BadNets-NAD-s1
+"average, working backdoors (1)",Before,asr,2,99.3056,,94.0113,100,t over seeds,,BadNets-Before-s0 BadNets-Before-s1
+"average, working backdoors (1)",FT,asr,2,33.0556,,15.408,50.7031,t over seeds,,BadNets-FT-s0 BadNets-FT-s1
+"average, working backdoors (1)",NAD,asr,2,7.77778,,4.24828,11.3073,t over seeds,,BadNets-NAD-s0 BadNets-NAD-s1
+"average, working backdoors (1)",Before,acc,2,88.25,,66.0141,100,t over seeds,,BadNets-Before-s0 BadNets-Before-s1
+"average, working backdoors (1)",FT,acc,2,84.25,,74.7203,93.7797,t over seeds,,BadNets-FT-s0 BadNets-FT-s1
+"average, working backdoors (1)",NAD,acc,2,85.125,,83.5367,86.7133,t over seeds,,BadNets-NAD-s0 BadNets-NAD-s1
+"""
 
 
 def test_golden_main_table(tmp_path: Path) -> None:

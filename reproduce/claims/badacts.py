@@ -140,7 +140,7 @@ def _detection_first(table: dict[str, pd.DataFrame]) -> Claim:
     whole = _claim(
         "detection-first", "Purifying only what is flagged gives a better trade-off than purifying every sentence.",
         SOURCE, f"\"{THEN}\" minus \"{METHOD}\" on the same victims, working backdoors only, paired by attack, data "
-        f"set and seed. ACC: {RAISES.format(family='this test alone')} ASR: the bootstrap interval of the mean "
+        f"set and seed. ACC: {RAISES.format(family='this test alone')} ASR: the 95 % interval of the mean "
         f"difference wholly below +{MARGIN:.0f} points; wholly above refutes; fewer than {FEWEST} pairs decide "
         "nothing. Both have to be supported.",
         [*adds([gained]), cost], gained.runs)
