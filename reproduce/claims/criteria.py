@@ -161,8 +161,8 @@ def of(rows: dict[str, pd.DataFrame], defense: str, attack: str) -> pd.DataFrame
     return part[part.attack == attack]
 
 
-# The interval is `over_groups`. Until it was known how narrow a bootstrap of a few attacks is, it was one; the change came
-# after the first real runs and, intervals being wider, withholds verdicts.
+# The interval is `over_groups`. Until it was known how narrow a bootstrap of a few attacks is, it was one; the change
+# came after the first real runs and, intervals being wider, withholds verdicts.
 def _gain(better: str, worse: str, margin: float) -> str:
     return ("Supported: exact Wilcoxon signed-rank p < 0.05 (Holm over {family}) and the 95 % interval "
             f"of the mean difference {better} 0; its size is given. Not supported: that interval wholly "

@@ -138,8 +138,8 @@ PROFILES = {
                          "says nothing about the papers", "digits", "wrn-10-0.5", (0, 1), clean_fraction=0.10,
                 victim_epochs=6, defense_epochs=3, smoke=True, preact="preact-resnet-18-w8",
                 elsewhere=(), texts=("sentences",), encoder=TINY),
-        Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, what else takes long cut too, two seeds: a night on "
-                       "eight cores; FMP on a narrow network, one seed",
+        Profile("cpu", "real CIFAR-10, victims cut to 12 epochs, what else takes long cut too, FMP on a "
+                       "narrow network",
                 "cifar10", "wrn-16-1", (0, 1), victim_epochs=12, preact="preact-resnet-18-w16", elsewhere=("gtsrb",),
                 texts=("sst-2",), encoder=MINILM),
         Profile("paper", "the exact protocol", "cifar10", "wrn-16-1", (0, 1, 2, 3, 4, 5)),
