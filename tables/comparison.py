@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from reproduce.results import Results
-from reproduce.statistics import ALPHA, holm, over_groups, wilcoxon
+from reproduce.statistics import ALPHA, holm, wilcoxon
 from tables.layout import (
     BEFORE,
     PERCENT,
@@ -21,6 +21,7 @@ from tables.layout import (
     listing,
     measured,
     not_taken,
+    over_attacks,
     pairs,
     present,
     printed,
@@ -211,15 +212,15 @@ def tested(name: str, title: str, compared_is: str, compared: list[dict[str, Any
 def against(results: Results, part: pd.DataFrame, control: pd.DataFrame, measure: str) -> dict[str, Any]:
     """Paired comparison of one measure: difference in points, Wilcoxon over pairs and over attacks, McNemar counts."""
     paired = pairs(part, control, measure)
-    by_attack = list(differences(paired).values())
-    interval = over_groups(by_attack)
+    by_attack = differences(paired).values()
+    interval = over_attacks(paired, measure)
     test = wilcoxon([pair.difference for pair in paired])
-    over_attacks = wilcoxon([sum(values) / len(values) for values in by_attack])
+    attacks_test = wilcoxon([sum(values) / len(values) for values in by_attack])
     single = [by_image(results, pair, measure) for pair in paired]
     significant = [p < ALPHA for p in holm([result.p for result in single])]
     lower = sum(s and result.only_first < result.only_second for s, result in zip(significant, single, strict=True))
     return {"measure": measure, "n": len(paired), "n_attacks": len(by_attack), "difference": interval.mean,
-            "low": interval.low, "high": interval.high, "p": test.p, "p_attacks": over_attacks.p,
+            "low": interval.low, "high": interval.high, "p": test.p, "p_attacks": attacks_test.p,
             "mcnemar_lower": lower, "mcnemar_higher": sum(significant) - lower,
             "runs": " ".join([pair.run_first for pair in paired] + [pair.run_second for pair in paired])}
 

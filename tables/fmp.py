@@ -8,7 +8,6 @@ import pandas as pd
 from defenses.fmp import FAULTS
 from reproduce.protocols.fmp import METHOD, NO_PRUNING, PAPER, RANDOM
 from reproduce.results import Results
-from reproduce.statistics import over_groups
 from reproduce.store import Run
 from tables.comparison import (
     Factor,
@@ -24,7 +23,7 @@ from tables.comparison import (
     rows,
     tested,
 )
-from tables.layout import differences, grouped, mean_difference, measured, pairs, table
+from tables.layout import differences, grouped, mean_difference, measured, over_attacks, pairs, table
 from tables.render import MISSING, Table, Value, heading
 
 ALL = "all"
@@ -100,7 +99,7 @@ def worth(results: Results, item: str) -> Table:
                     paired = pairs(settings[first], settings[second], measure)
                     line[kind, heading(measure)] = Value(MISSING)
                     if paired and (attack != ALL or len(differences(paired)) == frame.attack.nunique()):
-                        gap = (over_groups(list(differences(paired).values())) if attack == ALL else
+                        gap = (over_attacks(paired, measure) if attack == ALL else
                                mean_difference(results, paired, measure))
                         runs = tuple(name for pair in paired for name in (pair.run_first, pair.run_second))
                         line[kind, heading(measure)] = Value(

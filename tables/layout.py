@@ -111,10 +111,11 @@ def estimate(rows: pd.DataFrame, measure: str) -> Estimate:
     return Estimate(len(values), interval.mean, sample_sd(values), interval.low, interval.high, "t")
 
 
-def possible(interval: Interval, measure: str) -> Interval:
-    """The part of a mean's interval that the measure can take: none is negative, and shares end at 100. NaN stays."""
+def possible(interval: Interval, measure: str, difference: bool = False) -> Interval:
+    """The part of a mean's interval that the measure, or a difference of two of its values, can take: no measure is
+    negative, and shares end at 100. NaN stays."""
     top = 100.0 if measure in COUNT or measure in AREAS else math.inf
-    return Interval(interval.mean, *np.clip([interval.low, interval.high], 0.0, top).tolist())
+    return Interval(interval.mean, *np.clip([interval.low, interval.high], -top if difference else 0.0, top).tolist())
 
 
 def hanley_mcneil(area: float, positives: int, negatives: int, level: float = LEVEL) -> tuple[float, float]:
@@ -177,6 +178,11 @@ def differences(paired: list[Pair]) -> dict[str, list[float]]:
     return found
 
 
+def over_attacks(paired: list[Pair], measure: str) -> Interval:
+    """Mean over attacks of first minus second, with its interval (`over_groups`)."""
+    return possible(over_groups(list(differences(paired).values())), measure, difference=True)
+
+
 def outcomes(results: Results, name: str, measure: str) -> np.ndarray:
     """Per-sample success of a finished run, bool (N,)."""
     return results.hits(name)[measure]
@@ -199,7 +205,7 @@ def by_image(results: Results, pair: Pair, measure: str) -> McNemar:
 def mean_difference(results: Results, paired: list[Pair], measure: str) -> Interval:
     """First minus second: t interval over seeds, with one seed the interval over its test samples."""
     if len(paired) > 1:
-        return t_interval([pair.difference for pair in paired])
+        return possible(t_interval([pair.difference for pair in paired]), measure, difference=True)
     return paired_difference(*(outcomes(results, name, measure) for name in (paired[0].run_first,
                                                                              paired[0].run_second)))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 from reproduce.metrics import wilson
 from reproduce.protocols import PROFILES, Entry, mcldef
 from reproduce.results import Results
+from reproduce.statistics import Interval
 from reproduce.store import Store
 from tables import mcldef as mcldef_tables
 from tables import nad, render
-from tables.layout import PUBLISHED, estimate
+from tables.layout import PUBLISHED, Pair, estimate, over_attacks
 from tests.synthetic import Stub, results, write_run
 
 
@@ -62,6 +64,18 @@ def test_seconds_count_the_run_that_a_cell_starts_from(tmp_path: Path) -> None:
     without = Results(Store(tmp_path / "other"), entries)
     write_run(without.store, tasks[mcldef.ESTIMATED], 90, 9, seed=0)
     assert without.frame("mcldef", "main").seconds.isna().all(), "not known without NC's"
+
+
+def test_intervals_end_where_the_measure_does() -> None:
+    def paired(*values: float) -> list[Pair]:
+        return [Pair(str(i), max(value, 0.0), max(-value, 0.0), "", "") for i, value in enumerate(values)]
+
+    # t(1) is 12.7: plus and minus some 1,000 points
+    assert over_attacks(paired(90.0, -80.0), "asr") == Interval(5.0, -100.0, 100.0)
+    assert over_attacks(paired(90.0, -80.0), "seconds").high > 1000
+    narrow = over_attacks(paired(5.0, 5.5, 6.0), "asr")
+    assert 0 < narrow.low < 5 and 6 < narrow.high < 100
+    assert math.isnan(over_attacks(paired(3.0), "asr").high), "a single value has no interval, not the widest one"
 
 
 GOLDEN = """\

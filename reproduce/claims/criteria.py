@@ -8,23 +8,16 @@ import pandas as pd
 
 from reproduce.protocols import PAPERS
 from reproduce.results import MEASURES, Results
-from reproduce.statistics import (
-    ALPHA,
-    Interval,
-    PairedTest,
-    holm,
-    over_groups,
-    wilcoxon,
-)
+from reproduce.statistics import ALPHA, Interval, PairedTest, holm, wilcoxon
 from tables.comparison import Study, bounds, main_rows
 from tables.layout import (
     BEFORE,
     LOWER,
     TOOK,
     Pair,
-    differences,
     estimate,
     mean_difference,
+    over_attacks,
     pairs,
     present,
     victims_asr,
@@ -196,7 +189,7 @@ def compared(rows: dict[str, pd.DataFrame], subject: str, defense: str, control:
     working = [] if BEFORE not in rows else [a for a, asr in victims_asr(rows[BEFORE]).items() if asr >= TOOK]
     paired = [pair for pair in pairs(rows[defense], rows[control], measure) if pair.attack in working] \
         if defense in rows and control in rows else []
-    return Compared(subject, control, paired, over_groups(list(differences(paired).values())),
+    return Compared(subject, control, paired, over_attacks(paired, measure),
                     wilcoxon([pair.difference for pair in paired]), measure)
 
 
