@@ -77,10 +77,11 @@ def over_groups(groups: Sequence[Sequence[float]], level: float = LEVEL) -> Inte
     """Mean over groups (attacks) of the mean within each (over seeds), with Student's interval over the groups' means;
     of a single group, over its values.
 
-    It covers other attacks of the same kind as well as other seeds, whose spread is in the groups' means, and errs on
-    the safe side where these spread unequally (Ibragimov & Mueller, JBES 2010). With the few groups there are here a
-    percentile bootstrap of groups, then values is too narrow: on normal values its 95 % interval holds the true mean in
-    77 of 100 samples of three groups, 82 of five and 88 of six. A single value has none (NaN).
+    It covers other attacks of the same kind as well as other seeds, whose spread is in the groups' means, and errs
+    on the safe side where these spread unequally (Ibragimov & Mueller, JBES 2010). Of 100 samples of three, five
+    or six normal values 95 % intervals should hold the true mean in 95: this one does, a percentile bootstrap in
+    75, 83 and 86; of exponential ones, as skewed as ASR over attacks may be, this one in 88, the bootstrap in 69,
+    78 and 81. A single value has none (NaN).
     """
     groups = [group for group in groups if len(group)]
     if len(groups) == 1:
