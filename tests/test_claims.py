@@ -47,7 +47,8 @@ def test_erased_without_loss_and_by_distillation(good: Results) -> None:
     assert verdict(good, "no-obvious-loss-described") == criteria.SUPPORTED
     assert verdict(good, "distillation-adds-described") == criteria.SUPPORTED
     assert verdict(good, "erases-six-attacks-released") == criteria.NOT_RUN
-    assert verdict(good, "augmentation-makes-erasure-harder") == criteria.NOT_RUN
+    named = {claim.name for claim in claims.claims(good, PROFILES["paper"])}
+    assert len(named) == 6 and "augmentation-makes-erasure-harder" not in named, "no claim about what was not asked for"
 
 
 def test_not_erased_with_loss_and_no_gain(tmp_path: Path) -> None:

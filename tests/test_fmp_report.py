@@ -146,6 +146,10 @@ def test_faults_on_published_checkpoints(tmp_path: Path) -> None:
     idle = choice[(choice.control == "described, least active maps") & (choice.measure == "asr")].iloc[0]
     means = listed[listed.measure == "asr"].set_index(["attack", "faults"])["mean"].unstack()
     assert idle.difference == pytest.approx((means["described"] - means["described, least active maps"]).mean())
+    checks = {claim.name: claim.checks[0] for claim in claims.claims(results, PROFILES["cpu"])}
+    assert set(checks) == {f"published-{name}-adds" for name in ("pruning", "scoring", "adversarial-scoring")}
+    assert checks["published-adversarial-scoring-adds"].value == pytest.approx(idle.difference)
+    assert {(check.n, check.outcome) for check in checks.values()} == {(3, criteria.UNDECIDED)}, "three pairs are few"
     page = write_report(results, PROFILES["cpu"], tmp_path / "report", "").page.read_text()
     assert "no victim: all are published checkpoints" in page and "victims to" not in page
     figure = next(figure for figure in figures.figures(results) if figure.name == f"{PAPER}-published-faults")

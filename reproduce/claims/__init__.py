@@ -21,7 +21,7 @@ NO_VERDICT = "smoke scale: no verdict on the paper"
 
 
 def claims(results: Results, profile: Profile) -> list[Claim]:
-    """The claims of every paper that has entries and a file here, in the papers' order."""
+    """The claims that the entries are about, of every paper that has a file here, in the papers' order."""
     papers = {entry.paper for entry in results.entries} & set(names(Path(__file__).parent))
     return [scaled(claim, profile, departure(paper, profile)) for paper in PAPERS if paper in papers
             for claim in importlib.import_module(f"reproduce.claims.{paper}").claims(results)]

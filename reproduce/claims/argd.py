@@ -1,14 +1,13 @@
 """ARGD's claims: up to 94.85 % less ASR and 3.23 % more ACC than NAD; and whether its graph is what does it."""
 
 from reproduce.claims.criteria import (
-    ADDS,
     FEWEST,
     ONE_SEED,
     SIX,
     Claim,
-    adds,
     claim,
     compared,
+    controls,
     defenses,
     finished,
     on_authors_victim,
@@ -18,10 +17,16 @@ from reproduce.protocols.argd import CONTROL, NODES, PAPER
 from reproduce.results import Results
 from tables.against_published import published_values
 from tables.argd import STUDY
+from tables.layout import present
 
 
 def claims(results: Results) -> list[Claim]:
     """The abstract's two claims, each read as a share and as points, and the controls."""
+    return (_main(results) if present(results, PAPER, "main") else []) + on_authors_victim(
+        results, STUDY, "described", [("ARGD", NODES), ("ARGD", CONTROL), ("ARGD", "FT")])
+
+
+def _main(results: Results) -> list[Claim]:
     read = published_values(PAPER)["claims"]
     table = defenses(results, STUDY, "described")
     runs = finished(table.get("NAD"), table.get("ARGD"))
@@ -44,9 +49,4 @@ def claims(results: Results) -> list[Claim]:
     statements = {"graph": "ARGD's edges and embedding lower ASR beyond NAD with the same node weights, teacher and "
                            "schedule.",
                   "distillation": "ARGD's distillation lowers ASR beyond fine-tuning on the same schedule."}
-    for one, check in zip(family, adds(family), strict=True):
-        found.append(claim(PAPER, f"{one.subject}-adds", statements[one.subject], "control for the abstract's claim",
-                           f"ARGD minus \"{one.control}\" on the same victims, working backdoors only, paired by "
-                           "attack and seed. " + ADDS.format(family="both controls"), [check], one.runs))
-    found += on_authors_victim(results, STUDY, "described", [("ARGD", NODES), ("ARGD", CONTROL), ("ARGD", "FT")])
-    return found
+    return found + controls(PAPER, "ARGD", family, statements, "both controls")

@@ -216,6 +216,15 @@ def _adds(one: Compared, p: float) -> Check:
                  interval.mean, interval.low, interval.high, len(one.paired), p)
 
 
+def controls(paper: str, method: str, family: Sequence[Compared], statements: dict[str, str], called: str,
+             on: str = "the same victims, working backdoors only, paired by attack and seed") -> list[Claim]:
+    """Whether `method` does better than each control of the family. statements: by the comparisons' subjects; called:
+    the family, on: the victims, in the criterion."""
+    return [claim(paper, f"{one.subject}-adds", statements[one.subject], "control for the abstract's claim",
+                  f"{method} minus \"{one.control}\" on {on}. {ADDS.format(family=called)}", [check], one.runs)
+            for one, check in zip(family, adds(family), strict=True)]
+
+
 def on_authors_victim(results: Results, study: Study, variant: str,
                       comparisons: Sequence[tuple[str, str]]) -> list[Claim]:
     """Whether each (defense, control) shows what it should on the one checkpoint that the authors published; nothing

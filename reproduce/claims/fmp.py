@@ -1,7 +1,6 @@
 """FMP's claims: its averages on CIFAR-10, its distance to the baselines, and whether the pruning does it."""
 
 from reproduce.claims.criteria import (
-    ADDS,
     FEWEST,
     NO_ROWS,
     NOT_RUN,
@@ -11,26 +10,36 @@ from reproduce.claims.criteria import (
     Check,
     Claim,
     above,
-    adds,
     below,
     claim,
     compared,
+    controls,
     defenses,
     finished,
 )
-from reproduce.protocols.fmp import BASELINES, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM
+from reproduce.protocols.fmp import BASELINES, BEFORE_ANY, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM
 from reproduce.results import Results
 from reproduce.statistics import Interval, over_groups
 from tables.against_published import WIDE, published_values
-from tables.comparison import against, bounds
-from tables.fmp import STUDY
-from tables.layout import BEFORE, measured, not_taken, possible
+from tables.comparison import against, bounds, rows
+from tables.fmp import CHECKPOINTS, STUDY
+from tables.layout import BEFORE, measured, not_taken, possible, present
 
 VARIANTS = ("described", "released")
+DESCRIBED = "FMP (as described)"
+STATEMENTS = {"pruning": "Pruning lowers ASR beyond the same fine-tuning without it.",
+              "scoring": "FMP's choice of maps lowers ASR beyond as many maps at random.",
+              "adversarial-scoring": "FMP's choice of maps lowers ASR beyond as many of the least active maps."}
+THREE = "the three controls"
 
 
 def claims(results: Results) -> list[Claim]:
     """The abstract's numbers, for the described and for the released method, and the controls."""
+    return (_main(results) if present(results, PAPER, "main") else []) + \
+        (_on_published(results) if present(results, PAPER, "published-faults") else [])
+
+
+def _main(results: Results) -> list[Claim]:
     read = published_values(PAPER)["claims"]
     found = []
     for variant in VARIANTS:
@@ -51,15 +60,19 @@ def claims(results: Results) -> list[Claim]:
     table = defenses(results, STUDY, "described")
     family = [compared(table, name, METHOD, control) for name, control in
               (("pruning", NO_PRUNING), ("scoring", RANDOM), ("adversarial-scoring", IDLE))]
-    statements = {"pruning": "Pruning lowers ASR beyond the same fine-tuning without it.",
-                  "scoring": "FMP's choice of maps lowers ASR beyond as many maps at random.",
-                  "adversarial-scoring": "FMP's choice of maps lowers ASR beyond as many of the least active maps."}
-    for one, check in zip(family, adds(family), strict=True):
-        found.append(claim(PAPER, f"{one.subject}-adds", statements[one.subject], "control for the abstract's claim",
-                           f"FMP (as described) minus \"{one.control}\" on the same victims, working backdoors only, "
-                           "paired by attack and seed. " + ADDS.format(family="the three controls"), [check],
-                           one.runs))
-    return found
+    return found + controls(PAPER, DESCRIBED, family, STATEMENTS, THREE)
+
+
+def _on_published(results: Results) -> list[Claim]:
+    """The controls once more, on checkpoints that the authors of other papers published."""
+    table = dict(iter(rows(results, PAPER, "published-faults", "attack", "faults").groupby("faults", sort=False)))
+    table[BEFORE] = table.pop(BEFORE_ANY)
+    family = [compared(table, f"published-{name}", "described", f"described, {control}") for name, control in
+              (("pruning", "no pruning"), ("scoring", "random maps"), ("adversarial-scoring", "least active maps"))]
+    statements = {f"published-{name}": f"{text.removesuffix('.')}, on published checkpoints."
+                  for name, text in STATEMENTS.items()}
+    return controls(PAPER, DESCRIBED, family, statements, THREE,
+                    f"{CHECKPOINTS}, BadNets, paired by checkpoint and seed, which stand for attacks here")
 
 
 def _average(table: dict, measure: str, wanted: float) -> Check:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from reproduce.claims.criteria import (
-    ADDS,
     FEWEST,
     NOT_RUN,
     ONE_SEED,
@@ -13,9 +12,9 @@ from reproduce.claims.criteria import (
     UNDECIDED,
     Check,
     Claim,
-    adds,
     claim,
     compared,
+    controls,
     defenses,
     finished,
     loses_less,
@@ -25,12 +24,17 @@ from reproduce.claims.criteria import (
 from reproduce.protocols.mcldef import ATTACKS, CROSS_ENTROPY, METHOD, PAPER, RANDOM
 from reproduce.results import Results
 from tables.against_published import published_values
-from tables.layout import BEFORE
+from tables.layout import BEFORE, present
 from tables.mcldef import STUDY
 
 
 def claims(results: Results) -> list[Claim]:
     """The abstract's two claims, the second also with the target class, and the controls."""
+    return (_main(results) if present(results, PAPER, "main") else []) + on_authors_victim(
+        results, STUDY, "released", [(METHOD, RANDOM), (METHOD, CROSS_ENTROPY), (METHOD, "FT")])
+
+
+def _main(results: Results) -> list[Claim]:
     read = published_values(PAPER)["claims"]
     table = defenses(results, STUDY, "released")
     runs = finished(table.get(BEFORE), table.get(METHOD))
@@ -60,12 +64,7 @@ def claims(results: Results) -> list[Claim]:
                                       "the backdoor is left.",
                   "contrastive-loss": "MCLDef's contrastive loss lowers ASR beyond cross-entropy on the same stamped "
                                       "images."}
-    for one, check in zip(family, adds(family), strict=True):
-        found.append(claim(PAPER, f"{one.subject}-adds", statements[one.subject], "control for the abstract's claim",
-                           f"MCLDef minus \"{one.control}\" on the same victims, working backdoors only, paired by "
-                           "attack and seed. " + ADDS.format(family="both controls"), [check], one.runs))
-    found += on_authors_victim(results, STUDY, "released", [(METHOD, RANDOM), (METHOD, CROSS_ENTROPY), (METHOD, "FT")])
-    return found
+    return found + controls(PAPER, METHOD, family, statements, "both controls")
 
 
 def _in_most_cases(whole: Claim, checks: Sequence[Check]) -> Claim:

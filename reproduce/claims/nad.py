@@ -2,8 +2,6 @@
 
 import math
 
-import pandas as pd
-
 from reproduce.claims.criteria import (
     ADDS,
     ERASED,
@@ -36,6 +34,12 @@ from tables.nad import CONTROL, PAPER, STUDY, VARIANTS
 
 def claims(results: Results) -> list[Claim]:
     """The abstract's two claims per variant, the control for both, and the author's remark on augmentation."""
+    return [*(_main(results) if present(results, PAPER, "main") else []),
+            *on_authors_victim(results, STUDY, "released", [("NAD", CONTROL), ("NAD", "FT")]),
+            *([_augmentation(results)] if present(results, PAPER, "augmentation") else [])]
+
+
+def _main(results: Results) -> list[Claim]:
     read = published_values(PAPER)["claims"]
     found: list[Claim] = []
     for variant in VARIANTS:
@@ -62,16 +66,13 @@ def claims(results: Results) -> list[Claim]:
             f"control for the abstract's claim; {read['control']['source']} observes the contrary",
             f"NAD minus {CONTROL} on the same victims, working backdoors only, paired by attack and seed. "
             + ADDS.format(family="both settings"), [check], one.runs))
-    found += on_authors_victim(results, STUDY, "released", [("NAD", CONTROL), ("NAD", "FT")])
-    return [*found, _augmentation(results)]
+    return found
 
 
 def _augmentation(results: Results) -> Claim:
     values = published_values(PAPER)["claims"]["augmentation"]
-    parts: dict[str, pd.DataFrame] = {}
-    if present(results, PAPER, "augmentation"):
-        frame = rows(results, PAPER, "augmentation", "victim", "defense")
-        parts = dict(iter(frame[frame.defense != BEFORE].groupby("victim", sort=False)))
+    frame = rows(results, PAPER, "augmentation", "victim", "defense")
+    parts = dict(iter(frame[frame.defense != BEFORE].groupby("victim", sort=False)))
     by_seed: dict[int, list[Pair]] = {}
     wanted = 0
     if len(parts) == 2:
