@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -104,20 +105,23 @@ def test_purify_command(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", REBUILD)
-def test_the_reference_tables_follow_from_the_stored_predictions(command: str, tmp_path: Path,
+def test_reference_tables_and_verdicts_follow_from_the_stored_predictions(command: str, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the figures, which take longest and are drawn by other tests."""
     monkeypatch.setattr(report, "_drawing", lambda _results, papers, *_rest: contextlib.nullcontext(
         dict.fromkeys(papers, list)))
-    tables = Path(shlex.split(command)[-1]) / "tables"
-    shutil.copytree(ROOT / tables.parent, tmp_path / tables.parent)
+    folder = Path(shlex.split(command)[-1])
+    tables, verdicts = folder / "tables", folder / "claims.json"
+    shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.rmtree(tmp_path / tables)
+    (tmp_path / verdicts).unlink()
     done = run(command, tmp_path)
     # 1 where the protocol lists more than was run; the report says so.
     assert done.returncode in (0, 1), done.stderr
     committed = {path.name: path.read_bytes() for path in (ROOT / tables).iterdir()}
     assert committed
     assert {path.name: path.read_bytes() for path in (tmp_path / tables).iterdir()} == committed
+    assert (tmp_path / verdicts).read_text() == (ROOT / verdicts).read_text()
 
 
 @pytest.mark.parametrize("command", COMPARE)
@@ -135,4 +139,11 @@ def test_tables_in_the_readme_are_the_reference_ones() -> None:
     shown = [line for line in README.splitlines() if line.startswith("| ") and "**" in line]
     files = (ROOT / "reference").glob("*/tables/*.md")
     known = {line for path in files for line in path.read_text().splitlines()}
+    assert shown and set(shown) <= known
+
+
+def test_verdicts_in_the_readme_are_the_reference_ones() -> None:
+    shown = re.findall(r"^\| .* \| (?:supported|not supported|inconclusive) \|$", README, re.MULTILINE)
+    found = [claim for path in (ROOT / "reference").glob("*/claims.json") for claim in json.loads(path.read_text())]
+    known = {f"| {claim['statement']} | {claim['evidence']} | {claim['verdict']} |" for claim in found}
     assert shown and set(shown) <= known
