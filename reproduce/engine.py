@@ -105,7 +105,7 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
         return outcome
     # Stripped, damaged or gone, while runs made from them are there.
     renewed = {need.name for task in tasks if task.name not in waiting for need in task.needs()} & set(waiting)
-    seconds = expected(tasks, store)
+    seconds, ahead = expected(tasks, store), chains(list(waiting.values()))
     with _Bar({name: seconds[name] / workers.jobs for name in waiting}) as bar, _Pool(workers) as pool:
         running: dict[Future, str] = {}
         deaths: set[str] = set()
@@ -113,7 +113,7 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
             if outcome.failed:
                 _drop_orphans(waiting, outcome, say)
             # Looking for what is ready takes a driver of hundreds of tasks a tenth of a core: only where there is room.
-            for name in _ready(waiting, running, deaths) if len(running) < workers.jobs else ():
+            for name in ready(waiting, running, deaths, ahead) if len(running) < workers.jobs else ():
                 # After a crash its suspects run one at a time, so that the next one names the culprit.
                 alone = bool(running) and not deaths.isdisjoint((name, *running.values()))
                 if len(running) >= workers.jobs or alone:
@@ -160,12 +160,24 @@ def _outdated(tasks: list[Task], store: Store, outcome: Outcome) -> dict[str, Ta
     return again
 
 
-def _ready(waiting: dict[str, Task], running: dict[Future, str], deaths: set[str]) -> list[str]:
-    """Tasks whose needs are met: those whose process has died once, then the longest first."""
+def chains(tasks: Sequence[Task]) -> dict[str, float]:
+    """By name: the work of a task and of the longest chain of tasks that wait for it; `tasks` in dependency order."""
+    found = dict.fromkeys((task.name for task in tasks), 0.0)
+    for task in reversed(tasks):
+        found[task.name] += cost(task)
+        for needed in task.needs():
+            if needed.name in found:
+                found[needed.name] = max(found[needed.name], found[task.name])
+    return found
+
+
+def ready(waiting: dict[str, Task], running: dict[Future, str], deaths: set[str],
+          ahead: dict[str, float]) -> list[str]:
+    """Tasks whose needs are met: those whose process has died once, then those with the longest chain `ahead` first."""
     busy = set(running.values())
     free = [name for name, task in waiting.items()
             if name not in busy and not any(needed.name in waiting for needed in task.needs())]
-    return sorted(free, key=lambda name: (name not in deaths, -cost(waiting[name])))
+    return sorted(free, key=lambda name: (name not in deaths, -ahead[name]))
 
 
 def _drop_orphans(waiting: dict[str, Task], outcome: Outcome, say: Callable[[str], None]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from attacks import badnets, badnets_words, input_aware
 from defenses import cube, fp, ft
 from reproduce.cells import Cell, Victim
-from reproduce.engine import FORWARD_RATE, OVERHEAD, cost, expected
+from reproduce.engine import FORWARD_RATE, OVERHEAD, chains, cost, expected, ready
 from reproduce.finetuning import TextRecipe
 from reproduce.store import Store
 from reproduce.training import Recipe
@@ -45,3 +45,15 @@ def test_what_trains_a_network_of_its_own_is_expected_to_take_longer() -> None:
     assert cost(attacked) > 5 * cost(VICTIM), "its mask network learns for 25 epochs before it"
     retrained = Cell(TEXT, "cube", cube.SETTINGS["badacts", "released"], 1.0)
     assert cost(retrained) > 0.9 * cost(TEXT), "it trains the victim anew"
+
+
+def test_what_much_waits_for_comes_first() -> None:
+    alone = replace(VICTIM, recipe=replace(RECIPE, epochs=12))
+    much = replace(FT, config=ft.Config(replace(RECIPE, epochs=400)))
+    assert cost(VICTIM) < cost(alone) < cost(much)
+    tasks = [alone, VICTIM, FT, much]
+    ahead = chains(tasks)
+    assert ahead[VICTIM.name] == cost(VICTIM) + cost(much), "of the two that wait for it the longer one"
+    assert ahead[alone.name] == cost(alone) and ahead[FT.name] == cost(FT)
+    assert ready({task.name: task for task in tasks}, {}, set(), ahead) == [VICTIM.name, alone.name]
+    assert ready({task.name: task for task in tasks}, {}, {alone.name}, ahead) == [alone.name, VICTIM.name]
