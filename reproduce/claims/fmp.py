@@ -65,9 +65,10 @@ def _main(results: Results) -> list[Claim]:
 
 def _on_published(results: Results) -> list[Claim]:
     """The controls once more, on checkpoints that the authors of other papers published."""
-    table = dict(iter(rows(results, PAPER, "published-faults", "attack", "faults").groupby("faults", sort=False)))
+    frame = rows(results, PAPER, "published-faults", "attack", "faults")
+    table = {name.removeprefix("described, "): part for name, part in frame.groupby("faults", sort=False)}
     table[BEFORE] = table.pop(BEFORE_ANY)
-    family = [compared(table, f"published-{name}", "described", f"described, {control}") for name, control in
+    family = [compared(table, f"published-{name}", "described", control) for name, control in
               (("pruning", "no pruning"), ("scoring", "random maps"), ("adversarial-scoring", "least active maps"))]
     statements = {f"published-{name}": f"{text.removesuffix('.')}, on published checkpoints."
                   for name, text in STATEMENTS.items()}
