@@ -105,7 +105,8 @@ def execute(tasks: list[Task], workers: Workers, say: Callable[[str], None]) -> 
         return outcome
     # Stripped, damaged or gone, while runs made from them are there.
     renewed = {need.name for task in tasks if task.name not in waiting for need in task.needs()} & set(waiting)
-    seconds, ahead = expected(tasks, store), chains(list(waiting.values()))
+    # Of finished ones too: what is made from a victim that comes out otherwise is computed again.
+    seconds, ahead = expected(tasks, store), chains(tasks)
     with _Bar({name: seconds[name] / workers.jobs for name in waiting}) as bar, _Pool(workers) as pool:
         running: dict[Future, str] = {}
         deaths: set[str] = set()
