@@ -127,6 +127,21 @@ def test_over_groups_holds_the_true_mean_as_often_as_it_says(attacks: int, seeds
     assert 0.935 <= held <= 0.965
 
 
+@pytest.mark.parametrize(("kind", "groups", "ours", "bootstrapped"), [
+    ("normal", 3, 95, 75), ("normal", 5, 95, 83), ("normal", 6, 95, 86),
+    ("exponential", 3, 88, 69), ("exponential", 5, 88, 78), ("exponential", 6, 88, 81)])
+def test_shares_of_samples_that_hold_the_true_mean_are_as_stated(kind: str, groups: int, ours: int,
+                                                                 bootstrapped: int) -> None:
+    """In percent, as `over_groups`, the report and the findings give them."""
+    rng = np.random.default_rng(0)
+    samples = getattr(rng, kind)(size=(2000, groups)) - (kind == "exponential")
+    held = np.mean([interval.low <= 0 <= interval.high for interval in map(over_groups, samples[..., None])])
+    means = np.stack([sample[rng.integers(groups, size=(500, groups))].mean(1) for sample in samples])
+    low, high = np.quantile(means, [0.025, 0.975], axis=1)
+    assert 100 * held == pytest.approx(ours, abs=2.5)
+    assert 100 * np.mean((low <= 0) & (high >= 0)) == pytest.approx(bootstrapped, abs=2.5)
+
+
 def test_ranking_agrees_with_friedmans_and_finds_cliques() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(0, 1, (12, 4)) + np.array([0.0, 0.1, 6.0, 12.0])
