@@ -5,6 +5,7 @@ from reproduce.claims.criteria import (
     ONE_SEED,
     SIX,
     Claim,
+    about,
     claim,
     compared,
     controls,
@@ -17,13 +18,15 @@ from reproduce.protocols.argd import CONTROL, NODES, PAPER
 from reproduce.results import Results
 from tables.against_published import published_values
 from tables.argd import STUDY
-from tables.layout import present
 
 
 def claims(results: Results) -> list[Claim]:
     """The abstract's two claims, each read as a share and as points, and the controls."""
-    return (_main(results) if present(results, PAPER, "main") else []) + on_authors_victim(
-        results, STUDY, "described", [("ARGD", NODES), ("ARGD", CONTROL), ("ARGD", "FT")])
+    return about(results, PAPER, {"main": _main, "authors-victim": _on_authors_victim})
+
+
+def _on_authors_victim(results: Results) -> list[Claim]:
+    return on_authors_victim(results, STUDY, "described", [("ARGD", NODES), ("ARGD", CONTROL), ("ARGD", "FT")])
 
 
 def _main(results: Results) -> list[Claim]:

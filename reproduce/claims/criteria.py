@@ -1,7 +1,7 @@
 """The criteria that claims are checked by, with thresholds written down before any run of a defense."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -78,6 +78,11 @@ class Claim:
     runs: tuple[str, ...]
 
 
+def about(results: Results, paper: str, items: dict[str, Callable[[Results], list[Claim]]]) -> list[Claim]:
+    """The claims about those of a paper's items that the entries include."""
+    return [claim for item, build in items.items() if present(results, paper, item) for claim in build(results)]
+
+
 def combine(checks: Sequence[Check]) -> str:
     """One failing part refutes the whole; the whole is supported only if every part is."""
     found = {check.outcome for check in checks}
@@ -101,9 +106,7 @@ def decided(outcome: str, seeds: int) -> str:
 
 
 def defenses(results: Results, study: Study, variant: str, item: str = "main") -> dict[str, pd.DataFrame]:
-    """Rows of the main table by defense; empty without such entries."""
-    if not present(results, study.paper, item):
-        return {}
+    """Rows of an item like the main table by defense; empty without any in this variant."""
     return dict(iter(main_rows(results, study, item, variant).groupby("defense", sort=False)))
 
 
@@ -227,11 +230,8 @@ def controls(paper: str, method: str, family: Sequence[Compared], statements: di
 
 def on_authors_victim(results: Results, study: Study, variant: str,
                       comparisons: Sequence[tuple[str, str]]) -> list[Claim]:
-    """Whether each (defense, control) shows what it should on the one checkpoint that the authors published; nothing
-    where the protocol's entries do not include it."""
+    """Whether each (defense, control) shows what it should on the one checkpoint that the authors published."""
     rows = defenses(results, study, variant, "authors-victim")
-    if not rows:
-        return []
     family = [compared(rows, f"{defense} against {control}", defense, control) for defense, control in comparisons]
     return [claim(study.paper, f"authors-victim-{number}",
                   f"On the checkpoint its authors published, {defense} leaves less ASR than {control}.",

@@ -9,6 +9,7 @@ from reproduce.claims.criteria import (
     UNDECIDED,
     Check,
     Claim,
+    about,
     above,
     below,
     claim,
@@ -23,7 +24,7 @@ from reproduce.statistics import Interval, over_groups
 from tables.against_published import WIDE, published_values
 from tables.comparison import against, bounds, rows
 from tables.fmp import CHECKPOINTS, STUDY
-from tables.layout import BEFORE, measured, not_taken, possible, present
+from tables.layout import BEFORE, measured, not_taken, possible
 
 VARIANTS = ("described", "released")
 DESCRIBED = "FMP (as described)"
@@ -35,8 +36,7 @@ THREE = "the three controls"
 
 def claims(results: Results) -> list[Claim]:
     """The abstract's numbers, for the described and for the released method, and the controls."""
-    return (_main(results) if present(results, PAPER, "main") else []) + \
-        (_on_published(results) if present(results, PAPER, "published-faults") else [])
+    return about(results, PAPER, {"main": _main, "published-faults": _on_published})
 
 
 def _main(results: Results) -> list[Claim]:

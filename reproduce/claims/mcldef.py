@@ -12,6 +12,7 @@ from reproduce.claims.criteria import (
     UNDECIDED,
     Check,
     Claim,
+    about,
     claim,
     compared,
     controls,
@@ -24,14 +25,18 @@ from reproduce.claims.criteria import (
 from reproduce.protocols.mcldef import ATTACKS, CROSS_ENTROPY, METHOD, PAPER, RANDOM
 from reproduce.results import Results
 from tables.against_published import published_values
-from tables.layout import BEFORE, present
+from tables.layout import BEFORE
 from tables.mcldef import STUDY
 
 
 def claims(results: Results) -> list[Claim]:
     """The abstract's two claims, the second also with the target class, and the controls."""
-    return (_main(results) if present(results, PAPER, "main") else []) + on_authors_victim(
-        results, STUDY, "released", [(METHOD, RANDOM), (METHOD, CROSS_ENTROPY), (METHOD, "FT")])
+    return about(results, PAPER, {"main": _main, "authors-victim": _on_authors_victim})
+
+
+def _on_authors_victim(results: Results) -> list[Claim]:
+    return on_authors_victim(results, STUDY, "released",
+                             [(METHOD, RANDOM), (METHOD, CROSS_ENTROPY), (METHOD, "FT")])
 
 
 def _main(results: Results) -> list[Claim]:

@@ -15,6 +15,7 @@ from reproduce.claims.criteria import (
     UNDECIDED,
     Check,
     Claim,
+    about,
     adds,
     claim,
     compared,
@@ -28,15 +29,17 @@ from reproduce.results import Results
 from reproduce.statistics import t_interval, wilcoxon
 from tables.against_published import published_values
 from tables.comparison import rows
-from tables.layout import BEFORE, TOOK, Pair, pairs, present
+from tables.layout import BEFORE, TOOK, Pair, pairs
 from tables.nad import CONTROL, PAPER, STUDY, VARIANTS
 
 
 def claims(results: Results) -> list[Claim]:
     """The abstract's two claims per variant, the control for both, and the author's remark on augmentation."""
-    return [*(_main(results) if present(results, PAPER, "main") else []),
-            *on_authors_victim(results, STUDY, "released", [("NAD", CONTROL), ("NAD", "FT")]),
-            *([_augmentation(results)] if present(results, PAPER, "augmentation") else [])]
+    return about(results, PAPER, {"main": _main, "authors-victim": _on_authors_victim, "augmentation": _augmentation})
+
+
+def _on_authors_victim(results: Results) -> list[Claim]:
+    return on_authors_victim(results, STUDY, "released", [("NAD", CONTROL), ("NAD", "FT")])
 
 
 def _main(results: Results) -> list[Claim]:
@@ -69,7 +72,7 @@ def _main(results: Results) -> list[Claim]:
     return found
 
 
-def _augmentation(results: Results) -> Claim:
+def _augmentation(results: Results) -> list[Claim]:
     values = published_values(PAPER)["claims"]["augmentation"]
     frame = rows(results, PAPER, "augmentation", "victim", "defense")
     parts = dict(iter(frame[frame.defense != BEFORE].groupby("victim", sort=False)))
@@ -93,10 +96,10 @@ def _augmentation(results: Results) -> Claim:
         text = (f"ASR after FT, NAD (beta = 0) and NAD {interval.mean:+.2f} points{bounds}, n = {len(means)} "
                 f"seed{'s' * (len(means) != 1)}")
     check = Check("BadNets", outcome, text, interval.mean, interval.low, interval.high, len(means), test.p)
-    return claim(PAPER, "augmentation-makes-erasure-harder",
+    return [claim(PAPER, "augmentation-makes-erasure-harder",
                   "A victim trained with standard augmentation is harder to erase.", values["source"],
                   "ASR after a defense on the augmented victim minus that on the victim as released, BadNets, mean "
                   "over FT, NAD (beta = 0) and NAD, one value per seed that has all three. Supported: 95 % t interval "
                   f"over seeds above 0. Not supported: wholly below +{MARGIN:.0f} points. One seed decides nothing.",
                   [check], tuple(name for paired in complete for pair in paired for name in (pair.run_first,
-                                                                                               pair.run_second)))
+                                                                                               pair.run_second)))]
