@@ -328,7 +328,7 @@ def averages(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) 
     """Mean over attacks per group, with an interval (`over_groups`), on the (attack, seed) pairs all groups have.
 
     Columns: keys, attacks ("all", and "working backdoors" where some did not take), measure, n_attacks, n (runs), mean,
-    low, high, runs, interval (what it is).
+    low, high, runs, interval (what it is, empty without one).
     """
     rows = []
     weak = not_taken(frame)
@@ -341,7 +341,8 @@ def averages(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) 
                 rows.append({**dict(zip(keys, group, strict=True)), "attacks": which, "measure": measure,
                              "n_attacks": len(by_attack), "n": len(runs), "mean": interval.mean, "low": interval.low,
                              "high": interval.high, "runs": " ".join(runs.run),
-                             "interval": f"t over {'attacks' if len(by_attack) > 1 else 'seeds'}"})
+                             "interval": "" if math.isnan(interval.low) else
+                             f"t over {'attacks' if len(by_attack) > 1 else 'seeds'}"})
     return pd.DataFrame(rows)
 
 
