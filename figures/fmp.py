@@ -108,9 +108,8 @@ def trade_off(results: Results, item: str) -> Figure | None:
     if not len(data):
         return None
     data = data[data.attacks == "all"].drop(columns="attacks")
-    # Of two values the interval is 13 standard errors wide and would hide everything else.
-    values = data.n_attacks.where(data.n_attacks > 1, data.n)
-    data.loc[values < 3, ["low", "high"]] = np.nan
+    # Over fewer attacks, some erased and some not, nearly every interval goes from 0 to 100 and hides everything else.
+    data.loc[data.n_attacks < 6, ["low", "high"]] = np.nan
 
     def draw() -> Canvas:
         with panels(3.2, measures[1:]) as (figure, axes):
@@ -123,5 +122,5 @@ def trade_off(results: Results, item: str) -> Figure | None:
     attacks = int(data.n_attacks.max())
     return Figure(f"trade-off{'' if item == 'main' else f'-{item}'}",
                   f"FMP: trade-off on {STUDY.attacks[item]}",
-                  f"Means over {attacks} attacks; bars: Student's 95 % intervals over attacks, or "
-                  "over the seeds of a single one, from three on. Best is top left.", draw, data)
+                  f"Means over {attacks} attacks; bars: Student's 95 % intervals over attacks, from six "
+                  "on. Best is top left.", draw, data)
