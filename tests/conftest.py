@@ -7,18 +7,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-# Their tests start whole drivers and take up to a minute each.
-LONG = ("test_readme.py", "test_run.py")
 
 
 def pytest_configure() -> None:
     # The tests run in several processes; torch threads of one would spin against those of the others.
     torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first: at the end, one process would be busy with them while the others have nothing left."""
-    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(autouse=True)
