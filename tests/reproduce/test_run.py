@@ -30,20 +30,23 @@ from reproduce.store import Store
 from reproduce.training import Recipe
 
 ROOT = Path(__file__).parent.parent.parent
-RUN = [sys.executable, "-m", "reproduce", "run", "--profile", "quick", "--item", "beta", "--seeds", "1", "--jobs", "2"]
+RUN = ["run", "--profile", "quick", "--item", "beta", "--seeds", "1", "--jobs", "2"]
 RECIPE = Recipe(epochs=1, rates=((0, 0.1),))
 VICTIM = Victim("digits", "wrn-10-0.5", RECIPE, 0, "badnets", badnets.Config())
 CELL = Cell(VICTIM, "ft", ft.Config(RECIPE), 0.05)
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen([*RUN, "--results", str(folder), *more], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "CI": "true"}, start_new_session=True)
+    """A driver that can be killed, or run beside another."""
+    return subprocess.Popen([sys.executable, "-m", "reproduce", *RUN, "--results", str(folder), *more], cwd=ROOT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "CI": "true"}, start_new_session=True)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
+def drive(folder: Path, *more: str) -> tuple[int, str, str]:
+    """A driver in this process, which has imported everything already: exit code, output, errors."""
+    done = CliRunner().invoke(main, [*RUN, "--results", str(folder), *more], env={"CI": "true"})
+    return done.exit_code, done.stdout, done.stderr
 
 
 def published(folder: Path) -> dict[str, bytes]:
@@ -65,7 +68,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    code, out, err = finish(start(folder))
+    code, out, err = drive(folder)
     assert code == 0, err
     assert err.count("done   ") == 3 and "Traceback" not in err
     assert str(folder / "report.html") in out
@@ -85,7 +88,7 @@ def test_killed_and_resumed_gives_the_same_bytes(undisturbed: Path, tmp_path: Pa
     epochs = saved.read_bytes().count(b'"epoch"')
     assert 0 < epochs < 6
     killed_when(lambda: len(list(tmp_path.glob("runs/*"))) >= 2)
-    assert finish(start(tmp_path))[0] == 0
+    assert drive(tmp_path)[0] == 0
     assert published(tmp_path) == published(undisturbed)
     assert len(published(tmp_path)) == 7, "a table, and of three runs the predictions and the history"
 
@@ -112,14 +115,16 @@ def test_nothing_goes_on_after_the_driver_is_killed(tmp_path: Path) -> None:
 
 def test_again_computes_nothing(undisturbed: Path) -> None:
     before = published(undisturbed)
-    code, _out, err = finish(start(undisturbed))
+    code, _out, err = drive(undisturbed)
     assert code == 0 and "0 computed, 3 reused, 0 failed" in err
     assert published(undisturbed) == before
 
 
 def test_two_at_once_share_the_work(undisturbed: Path, tmp_path: Path) -> None:
-    both = [finish(process) for process in [start(tmp_path, "--jobs", "1") for _ in range(2)]]
-    assert [code for code, _out, _err in both] == [0, 0]
+    both = [start(tmp_path, "--jobs", "1") for _ in range(2)]
+    for process in both:
+        _out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
     assert published(tmp_path) == published(undisturbed)
     assert not (tmp_path / "replaced").exists(), "nothing was computed twice"
 
@@ -128,8 +133,9 @@ def test_a_damaged_run_is_named_and_computed_again(undisturbed: Path) -> None:
     before = published(undisturbed)
     path = next(undisturbed.glob("runs/nad-*/metrics.json"))
     path.write_text(path.read_text().replace('"asr": ', '"asr": 1'))
-    code, _out, err = finish(start(undisturbed))
-    assert code == 0 and f"{path.parent.name}: metrics.json does not match its checksum" in err
+    process = start(undisturbed)        # for what it says is said by a process of its own
+    _out, err = process.communicate(timeout=600)
+    assert process.returncode == 0 and f"{path.parent.name}: metrics.json does not match its checksum" in err
     assert published(undisturbed) == before
 
 
@@ -310,6 +316,6 @@ def test_without_a_command_the_commands_are_listed() -> None:
 
 
 def test_dry_run_lists_and_writes_nothing(tmp_path: Path) -> None:
-    code, out, _err = finish(start(tmp_path / "new", "--dry-run"))
+    code, out, _err = drive(tmp_path / "new", "--dry-run")
     assert code == 0 and out.count("missing") == 3 and "about" in out
     assert not (tmp_path / "new").exists()
