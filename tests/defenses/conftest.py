@@ -15,11 +15,11 @@ from reproduce.training import Recipe, predict, train
 
 # What makes a setting expensive without changing what is tested, beside the epochs of recipes.
 QUICK = {
-    "iterations": 20,
+    "iterations": 10,
     "rounds": 1,
     "steps": 2,
     "batches": 2,
-    "images": 16,
+    "images": 8,
 }
 
 
