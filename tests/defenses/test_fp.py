@@ -10,6 +10,38 @@ from reproduce.data.augment import to_input
 from reproduce.models import build
 from reproduce.models.taps import features
 
+# Steps a to d of huangd1999/BackdoorBench@6135839 (defense/fp/fp.py:207-441), which cuts the channels out of the last
+# convolution, of the shortcut beside it and of the classifier, torch 2.15 on a CPU, on `blocks()`: the order in which
+# channels go (its ends), how many of the 48 images keep their class with so many gone, and logits of the first image
+# with 100 gone.
+BENCH_ORDER = [507, 202, 9, 133, 307, 124, 471, 438, 127, 193, 245, 206], [385, 184, 345, 459]
+BENCH_CORRECT = {0: 48, 1: 20, 2: 19, 3: 18, 5: 19, 10: 21, 50: 18, 100: 17, 300: 17, 511: 17}
+BENCH_LOGITS = (0.00051, -0.00668, 0.00093, -0.00222, -0.00046, 0.00258, -0.00616, -0.0002, 0.00427, -0.01231)
+
+
+def blocks():
+    """An untrained PreAct-ResNet18 of its seed, images of 16 coloured blocks, and the classes it gives them once its
+    logits are centred, which makes them many."""
+    model = build("preact-resnet-18", 10, seed=0).eval()
+    images = torch.randint(0, 256, (48, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = images.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with torch.no_grad():
+        model.linear.bias.sub_(model(to_input(images)).mean(0))
+        return model, images, model(to_input(images)).argmax(1)
+
+
+def test_prunes_as_the_bench_does():
+    model, images, labels = blocks()
+    active = fp.activations(model, images)
+    order = active.mean(0).argsort()
+    assert (order[:12].tolist(), order[-4:].tolist()) == BENCH_ORDER
+    curve = fp.pruning_curve(active, labels, order, model.linear)
+    correct = {k: 48 * curve[k] / 100 for k in BENCH_CORRECT}
+    assert correct == pytest.approx(BENCH_CORRECT, abs=1.01)     # one image may sit on a tie
+    fp.prune(model, order[:100])
+    with torch.no_grad():
+        torch.testing.assert_close(model(to_input(images[:1]))[0], torch.tensor(BENCH_LOGITS), atol=1e-5, rtol=0)
+
 
 def test_activations_are_the_classifier_input(victim, clean):
     model = fp.deepcopy(victim).eval()
