@@ -26,7 +26,8 @@ def claims(results: Results) -> list[Claim]:
 
 
 def _on_authors_victim(results: Results) -> list[Claim]:
-    return on_authors_victim(results, STUDY, "described", [("ARGD", NODES), ("ARGD", CONTROL), ("ARGD", "FT")])
+    return on_authors_victim(results, STUDY, "described",
+                             [("ARGD", control) for control in (NODES, CONTROL, "FT", "NAD")])
 
 
 def _main(results: Results) -> list[Claim]:
