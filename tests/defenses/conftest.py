@@ -1,6 +1,5 @@
 """A small classification task and a victim trained on it, shared by the tests of the defenses."""
 
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,15 +11,7 @@ from reproduce.data.augment import Augment
 from reproduce.defending import Clean
 from reproduce.models import build
 from reproduce.training import Recipe, predict, train
-
-# What makes a setting expensive without changing what is tested, beside the epochs of recipes.
-QUICK = {
-    "iterations": 10,
-    "rounds": 1,
-    "steps": 2,
-    "batches": 2,
-    "images": 8,
-}
+from tests.defenses.shortened import shortened
 
 
 @pytest.fixture(scope="session")
@@ -74,19 +65,6 @@ def backdoor_success(backdoored: tuple[nn.Module, Clean, int]) -> Any:
 
 @pytest.fixture(scope="session")
 def shorten() -> Any:
-    """Function giving a config all of whose recipes, nested ones too, take `epochs` epochs of batches of 32, and with
-    the values of QUICK."""
-    def shortened(config: Any, epochs: int = 1) -> Any:
-        changes = {}
-        for field in fields(config):
-            value = getattr(config, field.name)
-            if isinstance(value, Recipe):
-                changes[field.name] = replace(value, epochs=epochs, batch=32)
-            elif is_dataclass(value):
-                changes[field.name] = shortened(value, epochs)
-            elif field.name in QUICK:
-                changes[field.name] = QUICK[field.name]
-        return replace(config, **changes)
     return shortened
 
 

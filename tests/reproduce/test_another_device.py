@@ -1,0 +1,95 @@
+"""Every attack and defense runs on a device that is not the CPU: nothing is left behind on the wrong side."""
+
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attacks
+import defenses
+from reproduce import data
+from reproduce.cells import Cell, Victim
+from reproduce.defending import defense_module
+from reproduce.finetuning import TextRecipe
+from reproduce.models.encoder import TINY
+from reproduce.plugins import names
+from reproduce.poisoning import attack_module
+from reproduce.runner import Runner
+from reproduce.store import Run, Store
+from reproduce.training import Recipe
+from tests.attacks.test_attack_conformance import quick
+from tests.defenses.shortened import shortened
+from tests.pretend import DEVICE, Pretending
+
+NOWHERE = Path("no-data-needed")
+# What only rewrites pixels or sentences never leaves the CPU; its victims are trained as the others are.
+REWRITING = {"blend", "sig", "refool", "addsent", "stylebkd", "synbkd"}
+ATTACKS = sorted(set(names(Path(attacks.__file__).parent)) - REWRITING)
+DEFENSES = names(Path(defenses.__file__).parent)
+# FMP prunes one map in p, and these convolutions have fewer than 64; t-SNE asks for as many steps.
+NEEDED = {"fmp": {"p": 8}, "cube": {"iterations": 250}}
+
+
+def victim(attack: str) -> Victim:
+    """One of the attack's, briefly trained, in the first of its settings that needs no file."""
+    module = attack_module(attack)
+    config = quick(next(config for config in module.SETTINGS.values() if "arrays" not in module.requires(config)))
+    if attack == "input_aware":
+        config = replace(config, mask_epochs=1)
+    if hasattr(module, "MODALITY"):
+        return Victim("sentences", TINY, TextRecipe(epochs=1, rate=2e-3, warmup=1, batch=32), 0, attack, config)
+    return Victim("digits", "wrn-10-0.5", Recipe(epochs=1, rates=((0, 0.1),)), 0, attack, config)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """With what the defenses are tried on, computed on the CPU."""
+    runner = Runner(Store(tmp_path_factory.mktemp("here")), NOWHERE, torch.device("cpu"))
+    for attack in ("badnets", "badnets_words"):
+        runner.run(victim(attack))
+    return runner
+
+
+def elsewhere(store: Store, task: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run it there. Autocast, which is off, and the fused Adam, which GPUs have, know no such device."""
+    optimizer = import_module("torch.optim.optimizer")
+    autocast, fused = torch.autocast, optimizer._get_fused_kernels_supported_devices
+    monkeypatch.setattr(torch, "autocast", lambda device, *rest, **options: autocast(
+        "cpu" if device == DEVICE.type else device, *rest, **options))
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [*fused(), DEVICE.type])
+    with Pretending():
+        return Runner(store, NOWHERE, DEVICE).run(task)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attack(attack: str, here: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = victim(attack)
+    found = elsewhere(Store(tmp_path), task, monkeypatch)
+    if there := here.store.find(task.name):
+        # A GPU's batches are larger, and products are summed in another order.
+        assert found.predictions().agreement(there.predictions()) > 99
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_defense(defense: str, here: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = defense_module(defense)
+    config = replace(shortened(next(iter(module.SETTINGS.values()))), **NEEDED.get(defense, {}))
+    attack = "badnets_words" if getattr(module, "MODALITY", None) == data.TEXT else "badnets"
+    found = elsewhere(here.store, Cell(victim(attack), defense, config, 0.05), monkeypatch)
+    assert found.json("metrics")["n_clean"] > 0
+
+
+def test_the_pretended_device_refuses_what_a_gpu_does() -> None:
+    with Pretending():
+        there = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
+        assert there.device == DEVICE and (2 * there).sum().item() == 12
+        assert there[torch.tensor([2])].tolist() == [3.0]
+        there[[0, 1]] = torch.zeros(2).to(DEVICE)
+        assert there.cpu().equal(torch.tensor([0.0, 0.0, 3.0]))
+        for mixed in (lambda: there + torch.ones(3), lambda: there[:2].copy_(there).add_(torch.ones(2)),
+                      lambda: torch.cat([there, torch.ones(1)]), lambda: there.numpy()):
+            with pytest.raises((RuntimeError, TypeError)):
+                mixed()
