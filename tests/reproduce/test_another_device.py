@@ -1,27 +1,31 @@
 """Every attack and defense runs on a device that is not the CPU: nothing is left behind on the wrong side."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import attacks
 import defenses
 from reproduce import data
 from reproduce.cells import Cell, Victim
+from reproduce.cli import main
 from reproduce.defending import defense_module
 from reproduce.finetuning import TextRecipe
+from reproduce.models import build
 from reproduce.models.encoder import TINY
 from reproduce.plugins import names
 from reproduce.poisoning import attack_module
 from reproduce.runner import Runner
-from reproduce.store import Run, Store
+from reproduce.store import Store
 from reproduce.training import Recipe
 from tests.attacks.test_attack_conformance import quick
 from tests.defenses.shortened import shortened
+from tests.defenses.text_victim import save_suspect
 from tests.pretend import DEVICE, Pretending
 
 NOWHERE = Path("no-data-needed")
@@ -53,43 +57,62 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return runner
 
 
-def elsewhere(store: Store, task: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run it there. Autocast, which is off, and the fused Adam, which GPUs have, know no such device."""
+@pytest.fixture
+def pretending(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Autocast, which is off, and the fused Adam, which GPUs have, know no such device."""
     optimizer = import_module("torch.optim.optimizer")
     autocast, fused = torch.autocast, optimizer._get_fused_kernels_supported_devices
     monkeypatch.setattr(torch, "autocast", lambda device, *rest, **options: autocast(
         "cpu" if device == DEVICE.type else device, *rest, **options))
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [*fused(), DEVICE.type])
     with Pretending():
-        return Runner(store, NOWHERE, DEVICE).run(task)
+        yield
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_attack(attack: str, here: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attack(attack: str, here: Runner, pretending: None, tmp_path: Path) -> None:
     task = victim(attack)
-    found = elsewhere(Store(tmp_path), task, monkeypatch)
+    found = Runner(Store(tmp_path), NOWHERE, DEVICE).run(task)
     if there := here.store.find(task.name):
         # A GPU's batches are larger, and products are summed in another order.
         assert found.predictions().agreement(there.predictions()) > 99
 
 
 @pytest.mark.parametrize("defense", DEFENSES)
-def test_defense(defense: str, here: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defense(defense: str, here: Runner, pretending: None) -> None:
     module = defense_module(defense)
     config = replace(shortened(next(iter(module.SETTINGS.values()))), **NEEDED.get(defense, {}))
     attack = "badnets_words" if getattr(module, "MODALITY", None) == data.TEXT else "badnets"
-    found = elsewhere(here.store, Cell(victim(attack), defense, config, 0.05), monkeypatch)
+    found = Runner(here.store, NOWHERE, DEVICE).run(Cell(victim(attack), defense, config, 0.05))
     assert found.json("metrics")["n_clean"] > 0
 
 
-def test_the_pretended_device_refuses_what_a_gpu_does() -> None:
-    with Pretending():
-        there = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
-        assert there.device == DEVICE and (2 * there).sum().item() == 12
-        assert there[torch.tensor([2])].tolist() == [3.0]
-        there[[0, 1]] = torch.zeros(2).to(DEVICE)
-        assert there.cpu().equal(torch.tensor([0.0, 0.0, 3.0]))
-        for mixed in (lambda: there + torch.ones(3), lambda: there[:2].copy_(there).add_(torch.ones(2)),
-                      lambda: torch.cat([there, torch.ones(1)]), lambda: there.numpy()):
-            with pytest.raises((RuntimeError, TypeError)):
-                mixed()
+SUSPECT = "--checkpoint suspect.pth.tar --model wrn-10-1 --dataset digits --attack badnets --paper nad --target 5"
+
+
+@pytest.mark.parametrize("command", [
+    f"evaluate {SUSPECT}",
+    f"defend {SUSPECT} --defense ft --output repaired.safetensors",
+    "purify --checkpoint model --clean clean.tsv --input input.txt --output purified.jsonl --epochs 1"])
+def test_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "suspect" in command:
+        torch.save({"state_dict": build("wrn-10-1", 10, 0).state_dict()}, "suspect.pth.tar")
+    else:
+        save_suspect(tmp_path)
+    monkeypatch.setattr("reproduce.repair.default_devices", lambda choice: (str(DEVICE),))
+    request.getfixturevalue("pretending")
+    done = CliRunner().invoke(main, [*command.split(), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+
+def test_the_pretended_device_refuses_what_a_gpu_does(pretending: None) -> None:
+    there = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
+    assert there.device == DEVICE and (2 * there).sum().item() == 12
+    assert there[torch.tensor([2])].tolist() == [3.0]
+    there[[0, 1]] = torch.zeros(2).to(DEVICE)
+    assert there.cpu().equal(torch.tensor([0.0, 0.0, 3.0]))
+    for mixed in (lambda: there + torch.ones(3), lambda: there[:2].add_(torch.ones(2)),
+                  lambda: torch.cat([there, torch.ones(1)]), lambda: there.numpy()):
+        with pytest.raises((RuntimeError, TypeError)):
+            mixed()
