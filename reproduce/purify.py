@@ -13,7 +13,7 @@ from reproduce.data.texts import Texts
 from reproduce.errors import UserError
 from reproduce.models import encoder
 from reproduce.models.encoder import TextClassifier
-from reproduce.repair import check_output, usable_devices
+from reproduce.repair import check_output, settled_device
 from reproduce.repair_texts import FEWEST, PAPER
 from reproduce.training import Observer, silent
 
@@ -45,8 +45,7 @@ def purify(wanted: Purification, observe: Observer = silent) -> dict[str, Any]:
     if not wanted.checkpoint.is_dir():
         raise UserError(f"--checkpoint {wanted.checkpoint} is no folder: name one as save_pretrained writes it, with "
                         "the tokenizer's files")
-    torch.set_num_threads(1)
-    model = encoder.load_pretrained(str(wanted.checkpoint)).to(usable_devices(wanted.device)[0])
+    model = encoder.load_pretrained(str(wanted.checkpoint)).to(settled_device(wanted.device))
     labels = dict(getattr(model.network.config, "label2id", None) or {})
     clean = read_labelled(wanted.clean, model.num_classes, labels)
     sentences = read_sentences(wanted.input)

@@ -26,6 +26,7 @@ from reproduce.metrics import metrics
 from reproduce.models.checkpoints import load_checkpoint
 from reproduce.plugins import plugins, settings_of
 from reproduce.poisoning import attack_module
+from reproduce.processor import repeatable
 
 CLEAN_FRACTION = 0.05   # of the training images
 
@@ -151,10 +152,17 @@ def usable_devices(choice: str) -> tuple[str, ...]:
     return default_devices(choice)
 
 
+def settled_device(choice: str) -> torch.device:
+    """The one device that a command for somebody's own checkpoint runs on, with arithmetic that repeats."""
+    torch.set_num_threads(1)  # a second thread beside any busy process costs more than it brings
+    device = torch.device(usable_devices(choice)[0])
+    repeatable(device)
+    return device
+
+
 def _networks(suspect: Suspect, loaded: Dataset) -> tuple[nn.Module, nn.Module | None]:
     """The checkpoint and, where one is named, the clean model, on the device."""
-    place = usable_devices(suspect.device)[0]
-    torch.set_num_threads(1)  # a second thread beside any busy process costs more than it brings
+    place = settled_device(suspect.device)
 
     def load(path: Path) -> nn.Module:
         network = load_checkpoint(path, suspect.model, loaded.num_classes, loaded.name)

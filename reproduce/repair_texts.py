@@ -18,7 +18,7 @@ from reproduce.models import encoder
 from reproduce.models.encoder import TextClassifier
 from reproduce.plugins import settings_of
 from reproduce.poisoning import attack_module
-from reproduce.repair import Repair, Suspect, check_modality, check_used, check_weights_output, usable_devices
+from reproduce.repair import Repair, Suspect, check_modality, check_used, check_weights_output, settled_device
 from reproduce.texts import TextTestSet, judge_both, triggered_test_set
 
 PAPER = "badacts"
@@ -101,8 +101,7 @@ def _target(suspect: Suspect, dataset: TextDataset) -> int:
 
 def _classifier(suspect: Suspect, dataset: TextDataset) -> TextClassifier:
     """The checkpoint: a folder as `save_pretrained` writes it, a victim's run folder, or its model.safetensors."""
-    place, checkpoint = usable_devices(suspect.device)[0], suspect.checkpoint
-    torch.set_num_threads(1)  # a second thread beside any busy process costs more than it brings
+    place, checkpoint = settled_device(suspect.device), suspect.checkpoint
     # A run folder has a config.json too, of another kind.
     if (checkpoint / "config.json").is_file() and not (checkpoint / "done").is_file():
         model = encoder.load_pretrained(str(checkpoint))

@@ -12,6 +12,7 @@ from reproduce.bench import Bench, Surroundings
 from reproduce.cells import Cell, Task, Victim
 from reproduce.images import ImageBench
 from reproduce.metrics import Predictions
+from reproduce.processor import repeatable
 from reproduce.provenance import environment
 from reproduce.store import Run, Store
 from reproduce.texts import TextBench
@@ -29,6 +30,9 @@ class Runner:
     progress: Callable[[str, float, str], None] = lambda name, share, doing: None
     note: Callable[[str], None] = print
     _benches: dict[str, Bench] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        repeatable(self.device)
 
     def run(self, task: Task, holding: str | None = None) -> Run:
         """The finished run of `task`, computed if it is not there; what it needs is computed first.

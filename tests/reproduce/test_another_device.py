@@ -106,6 +106,15 @@ def test_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert done.exit_code == 0, done.output
 
 
+def test_a_gpu_repeats_itself_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # so that it is as before afterwards
+    for name in ("cpu", "cuda"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        Runner(Store(tmp_path), NOWHERE, torch.device(name))
+        assert torch.are_deterministic_algorithms_enabled() == (name == "cuda") != torch.backends.cudnn.allow_tf32
+    torch.use_deterministic_algorithms(False)
+
+
 def test_the_pretended_device_refuses_what_a_gpu_does(pretending: None) -> None:
     there = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
     assert there.device == DEVICE and (2 * there).sum().item() == 12
