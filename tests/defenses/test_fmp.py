@@ -273,7 +273,7 @@ def test_summed_scores_are_those_of_the_block(victim, clean):
 
 
 def test_pruned_maps_of_a_first_convolution_are_constant_and_stay_so(victim, clean, shorten):
-    result = fmp.defend(victim, clean, replace(shorten(fmp.DESCRIBED, epochs=2), p=8), 5)
+    result = fmp.defend(victim, clean, replace(shorten(fmp.DESCRIBED, epochs=2), p=8, images=16), 5)
     norms = fmp.norms_after(result.model)
     for name, maps in result.info["pruned"].items():
         assert len(maps) == fmp.convolutions(victim)[name].out_channels // 8
@@ -325,7 +325,7 @@ def test_controls_prune_as_many(victim, clean, shorten):
         assert control.info["pruned"] != described.info["pruned"] and control.info["layers"] == described.info["layers"]
     assert run("random", 6).info["pruned"] != drawn.info["pruned"] == run("random").info["pruned"]
     assert "scores" not in drawn.tensors
-    images, _labels = fmp.scoring_images(clean, replace(fmp.DESCRIBED, images=16), 5)
+    images, _labels = fmp.scoring_images(clean, shorten(fmp.DESCRIBED), 5)
     maps = features(frozen(victim), to_input(images), ("bn1",))[1][0].relu().mean((0, 2, 3))
     at = active.info["layers"].index("block3.layer.0.convShortcut")
     torch.testing.assert_close(active.tensors["scores"][active.tensors["layer"] == at], maps)
