@@ -1,8 +1,8 @@
 """A device that is not the CPU, on machines that have no other.
 
-Tensors `on(DEVICE)` hold their values in the CPU's memory, but say they are on the lazy device, and any operation that
-mixes them with tensors of the CPU fails as it would on a GPU. What runs here and gives the CPU's very numbers will not
-stop on a GPU for a tensor left behind on the wrong side.
+Tensors on DEVICE hold their values in the CPU's memory, but say they are on the lazy device (the only other one that
+autograd serves without a driver), and any operation that mixes them with tensors of the CPU fails as it would on a GPU.
+What runs here will not stop on a GPU for a tensor left behind on the wrong side.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("lazy")
 aten = torch.ops.aten
-# What may read from one side and write to the other; a GPU's tensor also takes an index of the CPU.
+# What may read from one side and write to the other. A GPU's tensor also takes indices of the CPU, and a single number
+# of it where an operation works on each element.
 ACROSS = {aten._to_copy.default, aten.copy_.default}
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
@@ -73,7 +74,9 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     wanted = kwargs.get("device")
     if func not in ACROSS and elsewhere:
         judged = [args[0], *args[2:]] if func in INDEXED else tensors
-        here = [x for x in judged if isinstance(x, Tensor) and not isinstance(x, Elsewhere) and x.dim()]
+        numbers = torch.Tag.pointwise in func.tags or func in INDEXED
+        here = [x for x in judged if isinstance(x, Tensor) and not isinstance(x, Elsewhere)
+                and not (numbers and x.dim() == 0)]
         if here:
             raise RuntimeError(f"{func}: expected all tensors to be on one device, but {len(here)} are on the CPU")
     there = torch.device(wanted).type == DEVICE.type if wanted is not None else elsewhere

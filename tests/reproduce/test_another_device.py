@@ -121,7 +121,8 @@ def test_the_pretended_device_refuses_what_a_gpu_does(pretending: None) -> None:
     assert there[torch.tensor([2])].tolist() == [3.0]
     there[[0, 1]] = torch.zeros(2).to(DEVICE)
     assert there.cpu().equal(torch.tensor([0.0, 0.0, 3.0]))
+    assert (there * torch.tensor(2.0)).tolist() == [0.0, 0.0, 6.0]
     for mixed in (lambda: there + torch.ones(3), lambda: there[:2].add_(torch.ones(2)),
-                  lambda: torch.cat([there, torch.ones(1)]), lambda: there.numpy()):
+                  lambda: torch.stack([there[0], torch.tensor(1.0)]), lambda: there.numpy()):
         with pytest.raises((RuntimeError, TypeError)):
             mixed()
