@@ -33,16 +33,15 @@ NOWHERE = Path("no-data-needed")
 REWRITING = {"blend", "sig", "refool", "addsent", "stylebkd", "synbkd"}
 ATTACKS = sorted(set(names(Path(attacks.__file__).parent)) - REWRITING)
 DEFENSES = names(Path(defenses.__file__).parent)
-# FMP prunes one map in p, and these convolutions have fewer than 64; t-SNE asks for as many steps.
-NEEDED = {"fmp": {"p": 8}, "cube": {"iterations": 250}}
+# FMP prunes one map in p, and these convolutions have fewer than 64; t-SNE asks for as many steps; one epoch is enough.
+NEEDED = {"fmp": {"p": 8}, "cube": {"iterations": 250}, "input_aware": {"mask_epochs": 1}}
 
 
 def victim(attack: str) -> Victim:
     """One of the attack's, briefly trained, in the first of its settings that needs no file."""
     module = attack_module(attack)
-    config = quick(next(config for config in module.SETTINGS.values() if "arrays" not in module.requires(config)))
-    if attack == "input_aware":
-        config = replace(config, mask_epochs=1)
+    config = next(config for config in module.SETTINGS.values() if "arrays" not in module.requires(config))
+    config = replace(quick(config), **NEEDED.get(attack, {}))
     if hasattr(module, "MODALITY"):
         return Victim("sentences", TINY, TextRecipe(epochs=1, rate=2e-3, warmup=1, batch=32), 0, attack, config)
     return Victim("digits", "wrn-10-0.5", Recipe(epochs=1, rates=((0, 0.1),)), 0, attack, config)
@@ -106,13 +105,16 @@ def test_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert done.exit_code == 0, done.output
 
 
-def test_a_gpu_repeats_itself_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # so that it is as before afterwards
+def test_a_gpu_repeats_itself_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                request: pytest.FixtureRequest) -> None:
+    # So that all is as before afterwards.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     for name in ("cpu", "cuda"):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
         Runner(Store(tmp_path), NOWHERE, torch.device(name))
         assert torch.are_deterministic_algorithms_enabled() == (name == "cuda") != torch.backends.cudnn.allow_tf32
-    torch.use_deterministic_algorithms(False)
 
 
 def test_the_pretended_device_refuses_what_a_gpu_does(pretending: None) -> None:
