@@ -33,10 +33,12 @@ settings between the two, so that a table can show what each is worth:
                     normalised twice, clipped to [0, 1] where black to white is about -2 to 2. Of no effect on models
                     that normalise nothing.
     rotated         scores are collected as the convolutions run and used as they are registered (fg:164-188, 269-281):
-                    a pre-activation block runs its shortcut first and registers it last, so that the three
+                    a block of its PreAct-ResNet18 runs its shortcut first and registers it last, so that the three
                     convolutions of such a block are pruned by one another's scores.
     summed          the shortcut is added in place to the tensor that was kept as the map of a block's last convolution
                     (models/preact_resnet.py:41): the map that is attacked is one of the block's output.
+                    This and `rotated` are of no effect on networks that run in the order they are registered and add
+                    out of place, such as NAD's WideResNet.
     augmented       those images are randomly cropped and flipped (fg:389,402).
     leak            after each epoch the test images run through the network in train mode (fg:315-324), so that the
                     statistics of its BatchNorms end up as those of the test set. NO OTHER DEFENSE AND NO OTHER SETTING
@@ -245,7 +247,8 @@ def accuracies(model: nn.Module, images: Tensor, labels: Tensor, signs: Tensor, 
     """
     rows = config.batch or (256 if images.device.type == "cpu" else 512)
     normalise = getattr(model, "normalise", nn.Identity()) if config.double_normalisation else nn.Identity()
-    sums = run_order(model, to_input(images[:1]))[1] if config.summed else {}
+    summed = config.summed and getattr(model, "adds_in_place", False)
+    sums = run_order(model, to_input(images[:1]))[1] if summed else {}
     taps = [sums.get(name, name) for name in names]
     right = {name: torch.zeros(model.get_submodule(name).out_channels, dtype=torch.int64, device=images.device)
              for name in names}

@@ -49,6 +49,8 @@ class PreActResNet18(Normalised):
 
     taps = ("layer1", "layer2", "layer3", "layer4")
     penultimate = "layer4"
+    # There, not here, a block adds its shortcut in place to what its last convolution gave (:41): see `defenses/fmp.py`.
+    adds_in_place = True
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()

@@ -6,7 +6,8 @@ already BN-ReLU'd input; then BN-ReLU, global average pooling, linear classifier
 Initialisation: conv N(0, sqrt(2 / (k k C_out))), BatchNorm 1 / 0, classifier bias 0.
 
 Parameter names are those of the public WideResNet-pytorch line (`conv1`, `block1.layer.0.bn1`, ..., `fc`), so the
-papers' checkpoints load strictly. Differences from it: group 1 of width 1 has no shortcut conv there either; the
+papers' checkpoints load strictly. Layers run in the order they are registered, and the sum is not in place, as there
+(models/wresnet.py:28-37 of bboylyg/NAD@f17b713): FMP's released script depends on both. Differences from it: group 1 of width 1 has no shortcut conv there either; the
 average pooling is global, which equals its 8x8 window on 32x32 images.
 """
 
@@ -28,10 +29,9 @@ class BasicBlock(nn.Module):
         self.convShortcut = None if c_in == c_out else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x), inplace=True)
-        shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = F.relu(self.bn2(self.conv1(out)), inplace=True)
-        return shortcut + self.conv2(out)
+        activated = F.relu(self.bn1(x), inplace=True)
+        out = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
+        return (x if self.convShortcut is None else self.convShortcut(activated)) + out
 
 
 class Group(nn.Module):

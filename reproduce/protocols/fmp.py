@@ -11,6 +11,7 @@ What each fault of the released script is worth is also asked of the checkpoints
 MCLDef published: WRN-16-1, trained in full by others, which cost no training here.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -40,6 +41,7 @@ ATTACKS = {"BadNets": "badnets", "Blended": "blend", "Low-frequency": "low_frequ
            "WaNet": "wanet", "Input-aware": "input_aware", "SIG": "sig"}
 SMOKE_ATTACKS = ("BadNets", "Low-frequency", "SSBA")
 SMOKE_FAULTS = ("noise", "leak")
+NOT_OF_WIDE_RESNET = ("rotated", "summed")      # faults that a network has which runs otherwise than it is registered
 RATES = (0.001, 0.01, 0.05, 0.1)
 
 # By architecture the first layer's channels; of PreAct-ResNet18's the paper's p = 64 prunes one.
@@ -174,15 +176,15 @@ def _published_faults(profile: Profile, seed: int) -> list[Entry]:
         if on := published_victim(profile, checkpoint, settings, seed):
             found.append(Entry(PAPER, "published-faults",
                                {"attack": label, "faults": BEFORE_ANY, "defense": "Before"}, on))
-            found += _with_and_without(profile, "published-faults", on, label)
+            found += _with_and_without(profile, "published-faults", on, label, NOT_OF_WIDE_RESNET)
             found += [Entry(PAPER, "published-faults", {"attack": label, "faults": name},
                             cell(profile, on, "fmp", _own(profile, config))) for name, config in UNCHOSEN.items()]
     return [replace(entry, on_request=True) for entry in found]
 
 
-def _with_and_without(profile: Profile, item: str, on: Victim, label: str) -> list[Entry]:
-    """Each fault added to the described method and taken from the released one."""
-    shown = SMOKE_FAULTS if profile.smoke else tuple(fmp.FAULTS)
+def _with_and_without(profile: Profile, item: str, on: Victim, label: str, but: Sequence[str] = ()) -> list[Entry]:
+    """Each fault, but some, added to the described method and taken from the released one."""
+    shown = [name for name in (SMOKE_FAULTS if profile.smoke else fmp.FAULTS) if name not in but]
     settings = {"described": _DESCRIBED, **{f"described + {name}": fmp.with_fault(name) for name in shown},
                 "released": _RELEASED, **{f"released - {name}": fmp.without_fault(name) for name in shown}}
     return [Entry(PAPER, item, {"attack": label, "faults": name}, cell(profile, on, "fmp", _own(profile, config)))

@@ -16,8 +16,8 @@ from reproduce.defending import Clean, Defended
 from reproduce.errors import UserError
 from reproduce.images import ImageBench
 from reproduce.models import ARCHITECTURES, build
+from reproduce.models.preact_resnet import PreActBlock
 from reproduce.models.taps import features
-from reproduce.models.wide_resnet import BasicBlock
 from reproduce.protocols import PROFILES
 from reproduce.training import Cosine
 from tests.defenses.tiny import wave
@@ -26,7 +26,7 @@ from tests.defenses.tiny import wave
 # `small_net` builds, with its PreActBlocks (models/preact_resnet.py:18-41) as blocks: the same weights, images and
 # labels, alpha 0.02, eps 0.06, its start noise replaced by 0.02 sign(wave(1.3)); torch 2.15 on a CPU.
 # Scores in the order it collects them: "A" is 10 right of 32, "B" 11, ...
-ORDER = ("0", "1.conv1", "1.conv2", "2.convShortcut", "2.conv1", "2.conv2")
+ORDER = ("0", "1.conv1", "1.conv2", "2.shortcut.0", "2.conv1", "2.conv2")
 OFFICIAL_SCORES = (
     "OOONSLSQMROKQUNLONJQONQQNNPPQROOOQNMRQMOPLORLNORPROROQMPSNQOPQQN",
     "LQORPMOOOPPOORJPOMMMOMQOQSKQONPOMOOOPNOQNPPPMNNMQQMOLPQRNNPNONMP",
@@ -50,7 +50,7 @@ LABELS_TWICE = (2, 2, 2, 2, 2, 2, 2, 1, 2, 2, 2, 2, 2, 0, 2, 2, 2, 4, 2, 2, 2, 2
 OFFICIAL_ZEROS = {
     "0.weight": [18], "1.bn1.weight": [18], "1.conv1.weight": [14], "1.bn2.weight": [14], "1.conv2.weight": [27],
     "2.bn1.weight": [27], "2.conv1.weight": [9, 88], "2.bn2.weight": [9, 88], "2.conv2.weight": [24, 28],
-    "2.convShortcut.weight": [62, 74], "3.weight": [62, 74],
+    "2.shortcut.0.weight": [62, 74], "3.weight": [62, 74],
 }
 # After three epochs of two batches of 16, with 16 test images after each: logits of the first three images, and running
 # mean and variance of five channels of the last BatchNorm.
@@ -64,6 +64,7 @@ class Small(nn.Sequential):
     """(N, 3, 4, 4) -> (N, 5), normalising inside as BackdoorBench's models are used."""
 
     mean, deviation = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    adds_in_place = True
 
     def normalise(self, images: Tensor) -> Tensor:
         mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.deviation))
@@ -85,7 +86,7 @@ def pictures(count: int, step: float) -> Tensor:
 
 def small_net(mean=Small.mean, deviation=Small.deviation) -> Small:
     """A stem, two pre-activation blocks, BatchNorm and classifier, of 64, 64 and 128 channels; in eval mode."""
-    net = Small(nn.Conv2d(3, 64, 3, padding=1, bias=False), BasicBlock(64, 64, 1), BasicBlock(64, 128, 2),
+    net = Small(nn.Conv2d(3, 64, 3, padding=1, bias=False), PreActBlock(64, 64, 1), PreActBlock(64, 128, 2),
                 nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 5))
     net.mean, net.deviation = mean, deviation
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -220,7 +221,7 @@ def test_without_start_noise_nothing_would_move(victim, clean):
 # What belongs together
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "wrn-16-2", "resnet-18"])
+@pytest.mark.parametrize("name", ["wrn-10-1", "wrn-16-2", "resnet-18", "preact-resnet-18-w8"])
 def test_order_sums_and_norms_of_our_networks(name):
     model = build(name, 10, 0).eval()
     order, sums = fmp.run_order(model, torch.rand(1, 3, 16, 16))
@@ -231,19 +232,31 @@ def test_order_sums_and_norms_of_our_networks(name):
     # Every BatchNorm is some convolution's, and no two convolutions'.
     paired = [norm for found in norms.values() for norm in found]
     assert sorted(paired) == sorted(n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
-    if name == "resnet-18":
-        assert order == list(convs) and not sums and all(len(found) == 1 for found in norms.values())
-        assert fmp.rotation(model, torch.rand(1, 3, 16, 16)) == {conv: conv for conv in convs}
-        return
-    assert set(sums.values()) == {conv.removesuffix(".conv2") for conv in convs if conv.endswith(".conv2")}
-    assert norms["conv1"] == ["block1.layer.0.bn1"]
-    assert norms["block2.layer.0.conv1"] == ["block2.layer.0.bn2"] and not norms["block2.layer.0.conv2"]
     rotated = {conv: other for conv, other in fmp.rotation(model, torch.rand(1, 3, 16, 16)).items() if conv != other}
+    if name != "preact-resnet-18-w8":
+        assert order == list(convs) and not rotated
+    if name == "resnet-18":
+        assert not sums and all(len(found) == 1 for found in norms.values())
+        return
+    blocks = {conv.removesuffix(".conv2") for conv in convs if conv.endswith(".conv2")}
+    if name != "preact-resnet-18-w8":
+        assert norms["conv1"] == ["block1.layer.0.bn1"]
+        assert norms["block2.layer.0.conv1"] == ["block2.layer.0.bn2"] and not norms["block2.layer.0.conv2"]
+        return
+    assert sums == {f"{block}.conv2": block for block in blocks}
     expected = {}
-    for block in {conv.rpartition(".")[0] for conv in convs if conv.endswith("convShortcut")}:
-        expected |= {f"{block}.conv1": f"{block}.convShortcut", f"{block}.conv2": f"{block}.conv1",
-                     f"{block}.convShortcut": f"{block}.conv2"}
+    for block in {conv.removesuffix(".shortcut.0") for conv in convs if conv.endswith("shortcut.0")}:
+        expected |= {f"{block}.conv1": f"{block}.shortcut.0", f"{block}.conv2": f"{block}.conv1",
+                     f"{block}.shortcut.0": f"{block}.conv2"}
     assert rotated == expected and expected
+
+
+def test_faults_of_the_order_and_of_the_sum_are_not_those_of_nads_network(clean):
+    """models/wresnet.py:28-37 of bboylyg/NAD@f17b713 runs what it registers in that order, and adds out of place."""
+    model, settings = build("wrn-10-1", 10, 0), replace(fmp.DESCRIBED, images=8, p=8)
+    scores = [fmp.defend(model, clean, replace(settings, recipe=replace(settings.recipe, epochs=0), **faults), 0)
+              for faults in ({}, {"rotated": True, "summed": True})]
+    assert scores[0].info == scores[1].info and scores[0].info["pruned_maps"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -255,18 +268,20 @@ def test_no_network_changes_a_feature_map_in_place(name):
     assert all(found._version == 0 for found in maps)
 
 
-def test_summed_scores_are_those_of_the_block(victim, clean):
-    model, images, labels = frozen(victim), clean.images[:16], clean.labels[:16]
+def test_summed_scores_are_those_of_the_block():
+    model, images, labels = frozen(small_net()), pictures(32, 0.37), torch.tensor(LABELS)
     signs, config = fmp.start_signs(images, 0), replace(fmp.DESCRIBED, eps=0.06, alpha=0.02)
     summed = replace(config, summed=True)
-    names = ["block2.layer.0.conv1", "block2.layer.0.conv2"]
+    names = ["2.conv1", "2.conv2"]
     apart, together = (fmp.accuracies(model, images, labels, signs, names, c)[0] for c in (config, summed))
     start = (to_input(images) + 0.02 * signs).clamp(0, 1)
-    model.block2.layer[0].out_channels = 32     # what the loop asks of a layer
-    slow = torch.tensor(usual.map_scores(model, to_input(images), start, labels, "block2.layer.0", 0.06))
+    model[2].out_channels = 128     # what the loop asks of a layer
+    slow = torch.tensor(usual.map_scores(model, to_input(images), start, labels, "2", 0.06))
     assert torch.equal(apart[names[0]], together[names[0]])
     assert not torch.equal(apart[names[1]], together[names[1]])
     assert (together[names[1]] - slow).abs().gt(1e-3).sum() <= 1
+    model.adds_in_place = False
+    assert torch.equal(fmp.accuracies(model, images, labels, signs, names, summed)[0][names[1]], apart[names[1]])
 
 
 # Selection and pruning
@@ -304,14 +319,14 @@ def test_lowest_scores_go_and_equals_by_their_number():
     assert fmp.selected({"a": 6, "b": 3}, scores, replace(fmp.DESCRIBED, p=3), 0) == {"a": [1, 3], "b": [2]}
 
 
-def test_rotated_scores_prune_other_maps_and_are_shown_where_they_were_measured(victim, clean, shorten):
-    config = replace(shorten(fmp.DESCRIBED), p=16, images=24, eps=0.06, alpha=0.02)
-    straight, rotated = (fmp.defend(victim, clean, replace(config, rotated=r), 5) for r in (False, True))
+def test_rotated_scores_prune_other_maps_and_are_shown_where_they_were_measured():
+    clean = Clean(pictures(32, 0.37), torch.tensor(LABELS), 5)
+    config = replace(fmp.DESCRIBED, eps=0.06, alpha=0.02, recipe=replace(fmp.RECIPE, epochs=1))
+    straight, rotated = (fmp.defend(small_net(), clean, replace(config, rotated=r), 5) for r in (False, True))
     assert torch.equal(straight.tensors["scores"], rotated.tensors["scores"])
     ours, theirs = straight.info["pruned"], rotated.info["pruned"]
-    assert theirs["block3.layer.0.conv1"] == ours["block3.layer.0.convShortcut"]
-    assert theirs["block3.layer.0.convShortcut"] == ours["block3.layer.0.conv2"]
-    assert theirs["conv1"] == ours["conv1"] and ours != theirs
+    assert theirs["2.conv1"] == ours["2.shortcut.0"] and theirs["2.shortcut.0"] == ours["2.conv2"]
+    assert theirs["0"] == ours["0"] and ours != theirs
 
 
 def test_controls_prune_as_many(victim, clean, shorten):
