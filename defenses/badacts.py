@@ -259,12 +259,11 @@ def search(model: TextClassifier, clean: Texts, config: Config, seed: int,
     shape = len(model.layers), model.width
     start = token_statistics(model, clean, config.deviations) if config.start == "statistics" \
         else _constant(shape, config)
-    weight, reached = config.weight, 0.0
     for attempt in range(config.restarts + 1):
+        weight = config.weight / 2 ** attempt
         lower, upper, reached = _attempt(model, tokens, logits, wanted, start, weight, config, seed, attempt, observe)
         if reached >= config.floor:
             break
-        weight /= 2
     return lower, upper, {"sentences": len(tokens), "restarts": attempt, "kept": reached, "first_weight": weight}
 
 

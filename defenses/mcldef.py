@@ -54,11 +54,11 @@ VISIBLE = 1 / 255       # inversion_torch.py:151: smaller changes are no changes
 class Pixel:
     """The inversion of 2023. A step is one pass over the clean images."""
 
-    steps: int = field(default=100, metadata={"smoke": 6})      # main.py:41
-    rate: float = 0.1                           # inversion_torch.py:19
+    steps: int = field(default=100, metadata={"smoke": 6})      # main.py:42
+    rate: float = 0.1                           # inversion_torch.py:18
     betas: tuple[float, float] = (0.5, 0.9)     # :87
-    success: float = 0.9                        # :17
-    cost: float = 1e-3                          # :18
+    success: float = 0.9                        # :16
+    cost: float = 1e-3                          # :17
     factor: float = 1.5                         # :49
     patience: int = 10                          # :48
 
@@ -93,7 +93,7 @@ class Config:
     """
 
     inversion: Literal["pixel", "mask", "random"] = "pixel"
-    target: int | None = 5                      # config.py:42
+    target: int | None = 5                      # config.py:39
     loss: Literal["contrastive", "cross-entropy"] = "contrastive"
     temperature: float = 0.5                    # config.py:46
     fallback: bool = False
@@ -119,7 +119,7 @@ SETTINGS = {
     ("mcldef", "released"): RELEASED,
     ("mcldef", "released-2022"): replace(
         RELEASED, inversion="mask",
-        recipe=replace(RECIPE, augment=Augment(crop=4, flip=True)),     # 2022 data_loader.py:19-20
+        recipe=replace(RECIPE, augment=Augment(crop=4, flip=True)),     # 2022 data_loader.py:20-21
     ),
     ("mcldef", "described"): replace(RELEASED, target=None, fallback=True, statistics="clean"),
     ("mcldef", "estimated"): replace(RELEASED, target=None),
@@ -225,7 +225,7 @@ def find_trigger(victim: nn.Module, clean: Clean, target: int, config: Config, s
 
     def passes(step: int) -> Iterable[Tensor]:
         return nc.one_pass(clean.images, batch, generator(seed, "order", "inversion", step), augment,
-                           drop_last=not masked)     # data_loader.py:75; 2022 :60
+                           drop_last=not masked)     # data_loader.py:73; 2022 :60
 
     start = torch.rand((2, *clean.images.shape[1:]), generator=generator(seed, "trigger")).to(clean.images.device)
     if masked:

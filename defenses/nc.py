@@ -20,9 +20,10 @@ defense/nc/nc.py, yaml: config/defense/nc/cifar10.yaml). It leaves a model witho
 keeps the epoch of best test accuracy (:728), where ours keeps the last. It also inverts on cropped and flipped images
 (:258) and unlearns trigger images whose mask was stretched to [0, 1] on its way through a file (:251, :623), ours not.
 
-Departures. Adam works on each value by itself and the model is in eval mode, so all classes are inverted at once, on
-the same batches, with the results of inverting one after the other. `steps` is reduced. Norms are those of the masks,
-not of the masks rounded to 8 bits. Images are in [0, 1] without normalisation.
+Departures. A class that is never reached keeps its last mask, as in the authors' code (visualizer.py:455-461); v1 keeps
+that of its first epoch (:411-414). Adam works on each value by itself and the model is in eval mode, so all classes are
+inverted at once, on the same batches, with the results of inverting one after the other. `steps` is reduced. Norms are
+those of the masks, not of the masks rounded to 8 bits. Images are in [0, 1] without normalisation.
 """
 
 from collections.abc import Iterator, Sequence

@@ -26,7 +26,7 @@ Variants. `padding` counts the padding of a batch of 32 as text, as released, wh
 stand-in has no padding). Departures. The released code drops one-word sentences from the evaluated set (:78) and leaves
 out scores that are zero or no number, which shifts all later predictions against their sentences (:102-111); neither
 happens here, and drops that are no number (a sentence of one token) count as none. Its threshold is one place higher in
-the ordered scores (:152).
+the ordered scores (:152) where the share of sentences to be flagged is a whole number of them; else it is the same.
 """
 
 import math

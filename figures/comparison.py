@@ -13,7 +13,7 @@ from figures.style import BARS, Figure, canvas, done, dots, lines, seed_dots, se
 from reproduce.results import Results
 from reproduce.store import Run
 from tables.against_published import published_values
-from tables.comparison import AUTHORS_VICTIM, Factor, Study, main_rows, rows, within_a_line
+from tables.comparison import AUTHORS_VICTIM, Factor, Study, defense_rows, main_rows, rows, within_a_line
 from tables.layout import BEFORE, TOOK, measured, not_taken, present
 from tables.render import MISSING
 
@@ -75,13 +75,13 @@ def authors_victim(results: Results, study: Study) -> list[Figure]:
 
 def clean_fraction(results: Results, study: Study) -> Figure | None:
     """ASR and ACC against the defender's share of clean data."""
-    keys = ["fraction", "defense", "variant"]
-    data = done(rows(results, study.paper, "clean-fraction", *keys), keys, ("asr", "acc"))
+    keys = ["fraction", "defense", "settings"]
+    data = done(defense_rows(results, study.paper, "clean-fraction", "fraction"), keys, ("asr", "acc"))
     if not len(data):
         return None
     # The settings are named only where one defense appears in several.
-    if data.groupby("defense").variant.nunique().max() > 1:
-        data["defense"] = data.defense + ", " + data.variant
+    if data.groupby("defense").settings.nunique().max() > 1:
+        data["defense"] = data.defense + ", " + data.settings
     shares = sorted(set(data.fraction), key=number)
     return Figure("clean-fraction", f"{study.name}: share of clean data", f"BadNets. {BARS} {seeds(data)}.",
                   lambda: lines(data, "fraction", "defense", ("asr", "acc"), "clean data", shares), data, seeds(data))

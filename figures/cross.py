@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as Canvas
 from figures.comparison import if_present
 from figures.style import BARS, LABELS, Figure, done, look, panels, seeds, trade_offs
 from reproduce.results import Results
-from reproduce.statistics import Ranking
+from reproduce.statistics import ALPHA, Ranking
 from tables.cross import PAPER, equals, main_rows, ranked
 
 RANKED = ("asr", "acc")
@@ -42,9 +42,12 @@ def critical_difference(results: Results) -> Figure | None:
                                f"Friedman p {equals(result.p)}")
         return figure
 
+    bars = "defenses joined by a bar do not differ significantly (exact Wilcoxon signed-rank tests, Holm over all " \
+        "pairs, 5 %)."
+    if any(result.least >= ALPHA for _names, result, _runs in found.values()):
+        bars = "no bars, for so few pairs can tell no two of so many defenses apart."
     return Figure("critical-difference", "Every defense on every attack: critical differences",
-                  "Mean rank over (attack, seed) pairs, 1 is best; defenses joined by a bar do not differ "
-                  "significantly (exact Wilcoxon signed-rank tests, Holm over all pairs, 5 %).", draw, data)
+                  f"Mean rank over (attack, seed) pairs, 1 is best; {bars}", draw, data)
 
 
 def _diagram(axis: Axes, names: list[str], result: Ranking) -> None:
@@ -53,13 +56,14 @@ def _diagram(axis: Axes, names: list[str], result: Ranking) -> None:
     for line, i in enumerate(order):
         colour, marker = look(names[i], i)
         axis.plot(result.ranks[i], line, marker=marker, color=colour)
-    for number, clique in enumerate(result.cliques()):
+    cliques = result.cliques() if result.least < ALPHA else []
+    for number, clique in enumerate(cliques):
         lines = [order.index(i) for i in clique]
         axis.plot([len(names) + 0.3 + 0.25 * number] * 2, [min(lines) - 0.2, max(lines) + 0.2], color="0.2",
                   linewidth=2, solid_capstyle="butt")
     axis.set_yticks(range(len(order)), [names[i] for i in order])
     axis.set(ylim=(len(order) - 0.5, -0.5), xlabel="mean rank",
-             xlim=(0.7, len(names) + 0.5 + 0.25 * len(result.cliques())))
+             xlim=(0.7, len(names) + 0.5 + 0.25 * len(cliques)))
     axis.grid(axis="y", visible=False)
 
 

@@ -180,4 +180,4 @@ def _page(folder: Path, profile: Profile, command: str, chapters: list[dict[str,
                    "figures": [shown(figure) for figure in chapter["figures"]]}
                   for chapter in chapters],
         runs=runs, counted={status: counted[status] for status in STATUSES}, environments=_environments(runs),
-        total=len(runs), legend=legend(measures, "sample"))
+        total=len(runs), legend=legend(measures))

@@ -49,7 +49,9 @@ class Results:
             victim = getattr(entry.task, "victim", None)
             rows.append({**labels, "seed": entry.task.seed, "run": entry.task.name,
                          "status": self.status(entry.task.name), "dataset": victim.dataset if victim else None,
-                         "model": victim.model if victim else None, **{key: measured.get(key) for key in MEASURES}})
+                         "model": victim.model if victim else None,
+                         "published": bool(getattr(victim, "published", None)),
+                         **{key: measured.get(key) for key in MEASURES}})
         frame = pd.DataFrame(rows)
         for key in MEASURES:
             if key in frame:

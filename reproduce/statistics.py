@@ -34,11 +34,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two-sided p-value of a paired comparison over n pairs; `note` says what limits it, empty if nothing does."""
+    """Two-sided p-value of a paired comparison, and over how many pairs; of a signed-rank test those that differ."""
 
     n: int
     p: float
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,10 @@ def paired_t(differences: Sequence[float]) -> PairedTest:
     """
     n = len(differences)
     if n < 2:
-        return PairedTest(n, math.nan, "needs two pairs")
+        return PairedTest(n, math.nan)
     differences = np.round(np.asarray(differences, dtype=float), 9)  # equal but for the last bits is equal
     if np.ptp(differences) == 0:
-        return PairedTest(n, wilcoxon(differences).p, "all differences equal")
+        return PairedTest(n, wilcoxon(differences).p)
     return PairedTest(n, float(stats.ttest_1samp(differences, 0.0).pvalue))
 
 
@@ -115,7 +114,7 @@ def wilcoxon(differences: Sequence[float]) -> PairedTest:
     values = values[values != 0]
     n = len(values)
     if n == 0:
-        return PairedTest(0, 1.0 if len(differences) else math.nan, "no non-zero difference")
+        return PairedTest(0, 1.0 if len(differences) else math.nan)
     doubled = np.rint(2 * stats.rankdata(np.abs(values))).astype(int)  # mid-ranks are multiples of one half
     counts = np.zeros(doubled.sum() + 1)
     counts[0] = 1.0
@@ -124,7 +123,12 @@ def wilcoxon(differences: Sequence[float]) -> PairedTest:
     positive = int(doubled[values > 0].sum())
     extreme = min(positive, int(doubled.sum()) - positive)
     p = min(1.0, 2 * float(counts[:extreme + 1].sum() / counts.sum()))
-    return PairedTest(n, p, f"n = {n}: p cannot fall below {2.0 ** (1 - n):.3g}" if 2.0 ** (1 - n) >= ALPHA else "")
+    return PairedTest(n, p)
+
+
+def least(n: int, family: int) -> float:
+    """The smallest p that a signed-rank test of n pairs can have after Holm's correction over `family` such tests."""
+    return min(1.0, family * 2.0 ** (1 - n))
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
@@ -163,6 +167,11 @@ class Ranking:
     p: float
     ranks: tuple[float, ...]
     pairs: dict[tuple[int, int], float]
+
+    @property
+    def least(self) -> float:
+        """The smallest p that any pair can have over so many blocks."""
+        return least(self.blocks, len(self.pairs))
 
     def cliques(self, level: float = ALPHA) -> list[tuple[int, ...]]:
         """Largest runs of treatments, in order of mean rank, no two of which differ significantly; two or more each."""

@@ -26,6 +26,7 @@ from tables.comparison import (
     Study,
     ablation,
     bounds,
+    defense_rows,
     details,
     grids,
     hardware,
@@ -138,18 +139,18 @@ def _noted(one: Table, note: str) -> Table:
 
 def detection_rows(results: Results, dataset: str) -> pd.DataFrame:
     """The detectors' runs on a data set."""
-    frame = rows(results, PAPER, detection(dataset), "attack", "defense", "variant")
+    frame = defense_rows(results, PAPER, detection(dataset))
     return frame[frame.defense != BEFORE]
 
 
 def detectors(results: Results, dataset: str) -> Table:
     """Every detector on every attack."""
-    weak = not_taken(rows(results, PAPER, detection(dataset), "attack", "defense", "variant"))
+    weak = not_taken(rows(results, PAPER, detection(dataset), "attack", "defense"))
     flagged = f" The attack did not take: {', '.join(weak)}." if weak else ""
     return listing(
         results, detection_rows(results, dataset),
-        {"attack": "Attack", "defense": "Detector", "variant": "Settings"}, name=detection(dataset),
-        title=f"BadActs: detection on {dataset}", within=["attack"], measures=DETECTION, sample=SAMPLE,
+        {"attack": "Attack", "defense": "Detector", "settings": "Settings"}, name=detection(dataset),
+        title=f"BadActs: detection on {dataset}", within=["attack"], measures=DETECTION,
         caption="AUROC: that a triggered sentence is more suspicious than a clean one; AUROC target: among the "
                 "sentences that the undefended victim calls the target. FAR: share of triggered sentences that are not "
                 "flagged; FRR: share of clean ones that are. Thresholds are chosen on clean data for 5 % FRR; FAR and "
@@ -212,18 +213,18 @@ def reported(results: Results, frame: pd.DataFrame, *names: str) -> pd.DataFrame
 
 def intervals(results: Results, dataset: str) -> Table:
     """Whether optimising the intervals does anything: their width, and what each kind of them does."""
-    frame = rows(results, PAPER, purification(dataset), "attack", "defense", "variant")
+    frame = defense_rows(results, PAPER, purification(dataset))
     # mu ± k sigma has no variants: one run stands in the comparison of both.
     frame = frame[frame.defense.isin(KINDS)].drop_duplicates(["attack", "defense", "run"])
     frame = reported(results, frame, "width", "kept", "restarts")
-    keys = ["attack", "defense", "variant"]
+    keys = ["attack", "defense", "settings"]
     columns = {"width": ("Width", 2), "kept": ("Clean labels kept", 1), "restarts": ("Restarts", 1), "acc": ("ACC", 2),
                "asr": ("ASR", 2)}
     data = mark(results, frame, estimates(frame, keys, list(columns)), keys, ["attack"])
     shown = []
-    for (attack, defense, variant), part in data.groupby(keys, sort=False) if len(data) else ():
+    for (attack, defense, settings), part in data.groupby(keys, sort=False) if len(data) else ():
         cells = {columns[row.measure][0]: printed(row, columns[row.measure][1]) for row in part.iloc}
-        shown.append({"Attack": attack, "Intervals": defense, "Settings": variant, **cells,
+        shown.append({"Attack": attack, "Intervals": defense, "Settings": settings, **cells,
                       "n": Value(str(int(part.n.max())))})
     order = {name: i for i, name in enumerate(KINDS)}
     attacks = list(dict.fromkeys(frame.attack))
@@ -234,7 +235,7 @@ def intervals(results: Results, dataset: str) -> Table:
                  f"before, where there was a search. Restarts: of a search that kept too few. \"{INITIAL}\": the "
                  f"constants that the search starts from; \"{RANDOM}\": the optimised intervals in another order of "
                  f"the units of a layer; \"{CLS}\": applied to the first token alone. ACC and ASR in percent; marks "
-                 "within an attack.", pd.DataFrame(shown), data, frame, legend(["acc", "asr"], SAMPLE))
+                 "within an attack.", pd.DataFrame(shown), data, frame, legend(["acc", "asr"]))
 
 
 def language_models(results: Results) -> Table:
@@ -244,7 +245,7 @@ def language_models(results: Results) -> Table:
     same = [frame[(frame.defense == WORDS) & frame.dataset.isin(item.dataset)] for frame in others]
     return listing(results, pd.concat([item, *same]), {"attack": "Attack", "defense": "Defense"}, name=GPT2,
                    title="BadActs: purification in word space by GPT-2", within=["attack"], measures=SHOWN,
-                   sample=SAMPLE, caption=f"{STAND_IN} Marks within an attack. {NAMES}")
+                   caption=f"{STAND_IN} Marks within an attack. {NAMES}")
 
 
 def flattered(results: Results, dataset: str) -> Table:
@@ -320,14 +321,14 @@ def cost(results: Results) -> Table:
     parts = []
     for name in datasets(results):
         for item in items(results, name):
-            frame = rows(results, PAPER, item, "attack", "defense", "variant")
+            frame = defense_rows(results, PAPER, item)
             parts.append(frame.assign(place=name, task=item.removesuffix(f"-{name}")))
     frame = measured(pd.concat(parts), "seconds")
     frame = frame[~((frame.defense == BEFORE) & (frame.task == detection("").rstrip("-")))]
     frame = reported(results, frame, "judging_seconds")
     frame["judging"] = 1000 * frame.judging_seconds / (frame.n_clean + frame.n_nontarget)
     frame["hardware"] = [hardware(results, name) for name in frame.run]
-    keys = {"place": "Data set", "task": "Task", "defense": "Run", "variant": "Settings", "hardware": "Hardware"}
+    keys = {"place": "Data set", "task": "Task", "defense": "Run", "settings": "Settings", "hardware": "Hardware"}
     measures = {"seconds": "Seconds", "judging": "Seconds per 1000 sentences"}
     data = estimates(frame, list(keys), list(measures)) if len(frame) else frame
     shown = []

@@ -75,6 +75,13 @@ def rows(results: Results, paper: str, item: str, *keys: str) -> pd.DataFrame:
     return frame
 
 
+def defense_rows(results: Results, paper: str, item: str, *keys: str) -> pd.DataFrame:
+    """The results frame of an item by attack (or the labels given), defense and the settings it has, which may be those
+    of another variant than the comparison's; what stands in several comparisons is here once."""
+    by = [*(keys or ("attack",)), "defense", "settings"]
+    return rows(results, paper, item, *by).drop_duplicates([*by, "run"])
+
+
 def main_rows(results: Results, study: Study, item: str, variant: str) -> pd.DataFrame:
     """Victims, and the defenses in one variant, of an item with an attack grid."""
     frame = rows(results, study.paper, item, "attack", "defense", "variant")
@@ -94,7 +101,7 @@ def grids(results: Results, study: Study) -> list[Table]:
         caption = f"ASR on triggered non-target test {study.sample}s and ACC on all clean test {study.sample}s."
         if study.tall:
             built += [defense_grid(results, frame, measure, name=f"{name}{f'-{measure}' if i else ''}", title=title,
-                                   caption=caption, sample=study.sample)
+                                   caption=caption)
                       for i, measure in enumerate(study.grid)]
         else:
             built.append(attack_grid(results, frame, name=name, title=title, caption=caption))
@@ -115,8 +122,8 @@ def authors_victim(results: Results, study: Study) -> list[Table]:
     item = "authors-victim"
 
     def measures() -> Table:
-        frame = rows(results, study.paper, item, "attack", "defense", "variant")
-        return listing(results, frame, {"defense": "Defense", "variant": "Settings"}, name=item,
+        frame = defense_rows(results, study.paper, item)
+        return listing(results, frame, {"defense": "Defense", "settings": "Settings"}, name=item,
                        title=f"{study.name}: the defenses on {AUTHORS_VICTIM}",
                        caption="BadNets. The victim is one file for all seeds; a seed fixes the clean subset and what "
                                "the defenses draw, so the spread is theirs and says nothing of other victims.")
@@ -129,12 +136,12 @@ def authors_victim(results: Results, study: Study) -> list[Table]:
 
 def complete(results: Results, study: Study, item: str) -> Table:
     """Every measure of every attack, defense and variant."""
-    frame = rows(results, study.paper, item, "attack", "defense", "variant")
+    frame = defense_rows(results, study.paper, item)
     weak = not_taken(frame)
     flagged = f" The attack did not take: {', '.join(weak)}." if weak else ""
-    return listing(results, frame, {"attack": "Attack", "defense": "Defense", "variant": "Settings"},
+    return listing(results, frame, {"attack": "Attack", "defense": "Defense", "settings": "Settings"},
                    name=f"{item}-complete", title=f"{study.name}: every measure, {study.attacks[item]}",
-                   within=["attack"], sample=study.sample,
+                   within=["attack"],
                    caption=f"{study.measures.format(name=study.name)}{flagged}")
 
 
@@ -150,12 +157,13 @@ def mean_over_attacks(results: Results, study: Study, item: str) -> Table:
             cells = {heading(row.measure): Value(f"{row['mean']:.2f}{bounds(row.low, row.high, 2)}",
                                                  runs=tuple(row.runs.split())) for row in part.iloc}
             first = part.iloc[0]
-            shown.append({"Attacks": f"{which} ({first.n_attacks})", "Settings": settings, "Defense": defense, **cells,
-                          "Runs": Value(str(first.n))})
+            shown.append({"Attacks": f"{which} ({first.n_attacks})", "Comparison": settings, "Defense": defense,
+                          **cells, "Runs": Value(str(first.n))})
     return table(f"{item}-averages", f"{study.name}: averages over attacks, {study.attacks[item]}",
                  "Percent: mean over attacks of the mean over seeds, with Student's 95 % interval over the attacks, "
                  "or over the seeds of a single one. Only (attack, seed) pairs finished for every defense of the block "
-                 "count.", pd.DataFrame(shown), data, pd.concat(frames.values()))
+                 "count; defenses that miss half of them are left out.", pd.DataFrame(shown), data,
+                 pd.concat(frames.values()))
 
 
 def _against(control: str) -> Callable[[Results, Study, str], Table]:
@@ -164,19 +172,22 @@ def _against(control: str) -> Callable[[Results, Study, str], Table]:
 
 def significance(results: Results, study: Study, item: str, control: str) -> Table:
     """Each defense against one control, paired over (attack, seed)."""
-    frame = rows(results, study.paper, item, "attack", "defense", "variant")
+    frame = rows(results, study.paper, item, "attack", "defense", "variant", "settings")
     compared = []
+    weak = not_taken(frame)
     for (defense, variant), part in frame[~frame.defense.isin([BEFORE, control])].groupby(["defense", "variant"],
                                                                                          sort=False):
         base = frame[(frame.defense == control) & (frame.variant == variant)]
-        compared += [{"defense": defense, "settings": variant, **against(results, part, base, measure)}
-                     for measure in ("asr", "acc")]
+        labels = {"defense": defense, "settings": part.settings.iloc[0], "control": next(iter(base.settings), MISSING)}
+        compared += [{**labels, **against(results, *(one[~one.attack.isin(weak)] if measure == "asr" else one
+                                                     for one in (part, base)), measure)} for measure in ("asr", "acc")]
     # The first control's table has the plain name.
     number = study.controls.index(control)
     return tested(f"{item}-significance{f'-{number + 1}' if number else ''}",
                   f"{study.name}: each defense against {control}, {study.attacks.get(item, f'on {AUTHORS_VICTIM}')}",
-                  f"Defense minus {control} with the same settings", compared,
-                  {"defense": "Defense", "settings": "Settings"}, frame, sample=study.sample)
+                  f"Defense minus {control} of the same comparison{', ASR on working backdoors only' if weak else ''}",
+                  compared,
+                  {"defense": "Defense", "settings": "Settings", "control": "Control's"}, frame, sample=study.sample)
 
 
 def tested(name: str, title: str, compared_is: str, compared: list[dict[str, Any]], labels: dict[str, str],
@@ -264,26 +275,26 @@ def ablation(results: Results, study: Study, factor: Factor) -> list[Table]:
     return if_present(results, study.paper, factor.item, lambda: listing(
         results, rows(results, study.paper, factor.item, *factor.keys), factor.keys, name=factor.item,
         title=f"{study.name}: {factor.name}", within=[factor.within[0]] if factor.within else [],
-        measures=factor.measures, sample=study.sample, caption=f"{factor.on}. {factor.caption}"))
+        measures=factor.measures, caption=f"{factor.on}. {factor.caption}"))
 
 
 def clean_fraction(results: Results, study: Study) -> list[Table]:
     """BadNets with more or less clean data."""
     return if_present(results, study.paper, "clean-fraction", lambda: listing(
-        results, rows(results, study.paper, "clean-fraction", "fraction", "defense", "variant"),
-        {"fraction": "Clean data", "defense": "Defense", "variant": "Settings"}, within=["fraction"],
+        results, defense_rows(results, study.paper, "clean-fraction", "fraction"),
+        {"fraction": "Clean data", "defense": "Defense", "settings": "Settings"}, within=["fraction"],
         name="clean-fraction", title=f"{study.name}: share of clean data",
         caption="BadNets; the defender's share of the clean training set; marks within a share."))
 
 
 def cost(results: Results, study: Study, items: Sequence[str] = ("main",)) -> Table:
     """Seconds per run, on the hardware they ran on; "Before" is the victim's training."""
-    frame = pd.concat([rows(results, study.paper, item, "attack", "defense", "variant") for item in items])
+    frame = pd.concat([defense_rows(results, study.paper, item) for item in items])
     frame["hardware"] = [hardware(results, row.run) if row.status == "done" else "" for row in frame.itertuples()]
     frame = measured(frame, "seconds")
-    keys = {"defense": "Run", "variant": "Settings", "hardware": "Hardware"}
+    keys = {"defense": "Run", "settings": "Settings", "hardware": "Hardware"}
     data = estimates(frame, list(keys), ["seconds"]) if len(frame) else frame
-    shown = [{"Run": "victim's training" if row.defense == BEFORE else row.defense, "Settings": row.variant,
+    shown = [{"Run": "victim's training" if row.defense == BEFORE else row.defense, "Settings": row.settings,
               "Hardware": row.hardware, "Seconds": printed(row, 1), "n": Value(str(row.n))} for row in data.iloc]
     return table("cost", f"{study.name}: cost", "Wall seconds per run without the final evaluation, what another run "
                  "did for it included; mean ± sample SD over the n runs (attacks and seeds) of the main table. Runs "

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from reproduce.results import Results
-from reproduce.statistics import Ranking, ranking
+from reproduce.statistics import ALPHA, Ranking, ranking
 from tables.comparison import if_present, probability, rows
 from tables.layout import BEFORE, common, defense_grid, estimates, measured, not_taken, printed, table
 from tables.render import MISSING, Table, Value, heading
@@ -36,19 +36,11 @@ def main_rows(results: Results) -> pd.DataFrame:
 
 
 def ranked(results: Results, measure: str) -> tuple[list[str], Ranking, pd.DataFrame] | None:
-    """(defenses, ranking, the runs behind it) over the (attack, seed) pairs all of them finished, on attacks that took.
-
-    Rank 1 is best. A defense that misses more than half of the pairs is left out, so that one unfinished defense does
-    not empty the comparison. None with fewer than two defenses or one pair.
-    """
+    """(defenses, ranking, the runs behind it) over the (attack, seed) pairs all of them finished (see `common`), on
+    attacks that took. Rank 1 is best. None with fewer than two defenses or one pair."""
     frame = main_rows(results)
     frame = frame[(frame.defense != BEFORE) & ~frame.attack.isin(not_taken(frame))]
-    done = measured(frame, measure)
-    if not len(done):
-        return None
-    finished = done.groupby("defense", sort=False).size()
-    kept = finished[finished > finished.max() / 2].index
-    shared = common(frame[frame.defense.isin(kept)], ["defense"], measure)
+    shared = common(frame, ["defense"], measure)
     names = list(dict.fromkeys(shared.defense))
     if len(names) < 2:
         return None
@@ -67,7 +59,8 @@ def ranks(results: Results) -> Table:
             continue
         names, result, runs = found
         used.append(runs)
-        notes.append(f"{heading(measure)}: Friedman p {equals(result.p)} over {result.blocks} pairs.")
+        notes.append(f"{heading(measure)}: Friedman p {equals(result.p)} over {result.blocks} pairs"
+                     f"{undecided(result)}.")
         for i, name in enumerate(names):
             p = math.nan
             if REFERENCE in names and name != REFERENCE:
@@ -85,6 +78,12 @@ def ranks(results: Results) -> Table:
                  "the seeds of an attack as independent. " + " ".join(notes),
                  pd.DataFrame(list(shown.values())).fillna(Value(MISSING)), pd.DataFrame(numbers),
                  pd.concat(used) if used else main_rows(results).iloc[:0])
+
+
+def undecided(result: Ranking) -> str:
+    """That so few blocks can tell no two of so many treatments apart, where it is so."""
+    return f", too few to tell any two of {len(result.ranks)} defenses apart (p over all pairs cannot fall below " \
+        f"{result.least:.2g})" if result.least >= ALPHA else ""
 
 
 def equals(p: float) -> str:

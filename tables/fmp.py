@@ -57,7 +57,7 @@ FACTORS = (
            called="faults, on published checkpoints"),
 )
 CARRIERS = {     # {item: (table name, {label: heading} of its rows)}
-    "main": ("carriers", {"attack": "Attack", "defense": "Defense", "variant": "Settings"}),
+    "main": ("carriers", {"attack": "Attack", "defense": "Defense", "settings": "Settings"}),
     "published-faults": ("carriers-published", {"attack": "Checkpoint", "faults": "Settings"})}
 # {item: (table name, what its victims are)}
 FAULTS_ON = {"faults": ("worth", "own victims"), "published-faults": ("worth-published", "published checkpoints")}

@@ -38,13 +38,14 @@ DETECTION = (*AREAS, "far", "frr")
 COUNT = {"acc": "n_clean", "acc_nontarget": "n_nontarget", "asr": "n_nontarget", "ra": "n_nontarget",
          "far": "n_nontarget", "frr": "n_clean"}
 LOWER = ("asr", "far", "frr")           # better when lower
-MARKS = ("Bold: best mean of the column's defenses; underlined (italic in Markdown): not significantly worse than it "
-         "(paired over seeds: t test; with one seed exact McNemar over test images; Holm within the column, 5 %). With "
-         "two or three seeds hardly any difference is significant.")
+MARKS = ("Bold: best mean of those with the column's most seeds; underlined (italic in Markdown): not significantly "
+         "worse than it (paired t test over seeds, Holm within the column, 5 %). One seed decides nothing and gets no "
+         "mark; with two or three hardly any difference is significant. Verdicts on claims take an exact signed-rank "
+         "test, which assumes less and asks for more seeds.")
 SPREAD = ("Percent, mean ± sample SD over seeds; with one seed, the value and its 95 % Wilson interval, which covers "
           "the test samples but not another training. n: seeds. - : not available.")
 WITHOUT_TEST = ("AUROC with one seed: Hanley and McNeil's (1982) 95 % interval (none for AUROC target, which leaves "
-                "samples out), and no marks, as there is no test sample by sample.")
+                "samples out).")
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,8 @@ def mean_difference(results: Results, paired: list[Pair], measure: str) -> Inter
 
 def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequence[str],
          within: Sequence[str]) -> pd.DataFrame:
-    """`data` with BEST and TIED set: per group of `within` and measure, among the compared rows except victims; ASR of
-    models that are no classifiers any more is WRECKED and not compared."""
+    """`data` with BEST and TIED set: per group of `within` and measure, among the rows with the most seeds, two or
+    more, except victims; ASR of models that are no classifiers any more is WRECKED and not compared."""
     data = data.copy()
     groups = dict(iter(frame.groupby(list(keys), sort=False)))
     victims = {group for group, part in groups.items() if "defense" in part and (part.defense == BEFORE).all()}
@@ -222,17 +223,17 @@ def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequen
     broken = (data.measure == "asr") & np.array([group in lost for group in of_rows], dtype=bool)
     data.loc[broken, "mark"] = WRECKED
     undefended = np.array([group in victims for group in of_rows], dtype=bool)
-    compared = data[(data.n > 0) & data.measure.isin([*COUNT, *AREAS]) & ~broken & ~undefended]
+    compared = data[(data.n > 1) & data.measure.isin([*COUNT, *AREAS]) & ~broken & ~undefended]
     for _group, candidates in compared.groupby([*within, "measure"], sort=False):
+        candidates = candidates[candidates.n == candidates.n.max()]
         if len(candidates) < 2:
             continue
         measure = candidates.measure.iloc[0]
         best = candidates["mean"].idxmin() if measure in LOWER else candidates["mean"].idxmax()
         others = [i for i in candidates.index if i != best]
         rows = {i: groups[tuple(data.loc[i, list(keys)])] for i in candidates.index}
-        adjusted = holm([compare(results, rows[i], rows[best], measure).p for i in others])
-        # A best one marked alone would seem to be significantly better than those it could not be tested against: an
-        # AUROC with one seed, or a defense that shares no seed with it.
+        adjusted = holm([paired_t([pair.difference for pair in pairs(rows[i], rows[best], measure)]).p for i in others])
+        # A best one marked alone would seem to be significantly better than those that share no two seeds with it.
         if any(map(math.isnan, adjusted)):
             continue
         data.loc[best, "mark"] = BEST
@@ -284,18 +285,19 @@ def table(name: str, title: str, caption: str, frame: pd.DataFrame, data: pd.Dat
     """A Table whose seeds and runs are the finished ones of the results frame `source`."""
     done = source[source.status == "done"]
     datasets, models = (tuple(done[key].dropna().unique()) if key in done else () for key in ("dataset", "model"))
+    published = "published" in done and bool(done.published.all())
     return Table(name, title, caption, frame, data, tuple(sorted({int(seed) for seed in done.seed})),
-                 tuple(dict.fromkeys(done.run)), legend, datasets, models)
+                 tuple(dict.fromkeys(done.run)), legend, datasets, models, published)
 
 
-def legend(measures: Collection[str], sample: str = "image") -> str:
-    """How to read the cells of these measures. sample: what the test set consists of."""
-    said = f"{SPREAD} {MARKS}".replace("test images", f"test {sample}s")
+def legend(measures: Collection[str]) -> str:
+    """How to read the cells of these measures."""
+    said = f"{SPREAD} {MARKS}"
     return f"{said} {WITHOUT_TEST}" if set(measures) & set(AREAS) else said
 
 
 def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name: str, title: str, caption: str,
-            within: Sequence[str] = (), measures: Sequence[str] = PERCENT, sample: str = "image") -> Table:
+            within: Sequence[str] = (), measures: Sequence[str] = PERCENT) -> Table:
     """One row per group of `keys` (label -> heading), one column per measure, and n. Marks compare rows that agree
     in `within`."""
     data = mark(results, frame, estimates(frame, list(keys), measures), list(keys), within)
@@ -303,7 +305,7 @@ def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name
     for group, part in data.groupby(list(keys), sort=False):
         cells = {heading(row.measure): printed(row) for _, row in part.iterrows()}
         rows.append({**dict(zip(keys.values(), group, strict=True)), **cells, "n": Value(counts(part.n.to_list()))})
-    return table(name, title, caption + footnotes(data), pd.DataFrame(rows), data, frame, legend(measures, sample))
+    return table(name, title, caption + footnotes(data), pd.DataFrame(rows), data, frame, legend(measures))
 
 
 def victims_asr(frame: pd.DataFrame) -> dict[str, float]:
@@ -318,14 +320,18 @@ def not_taken(frame: pd.DataFrame) -> list[str]:
 
 
 def common(frame: pd.DataFrame, keys: Sequence[str], measure: str) -> pd.DataFrame:
-    """Finished runs on the (attack, seed) pairs that every group of `keys` with any finished run has."""
+    """Finished runs on the (attack, seed) pairs that every group of `keys` has; groups that miss half of the pairs or
+    more are left out, so that one unfinished defense does not empty the comparison."""
     done = measured(frame, measure)
+    sizes = done.groupby(list(keys), sort=False).run.transform("size")
+    done = done[sizes > sizes.max() / 2]
     groups = done.groupby(list(keys), sort=False).ngroups
     return done[done.groupby(["attack", "seed"]).run.transform("size") == groups]
 
 
 def averages(frame: pd.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
-    """Mean over attacks per group, with an interval (`over_groups`), on the (attack, seed) pairs all groups have.
+    """Mean over attacks per group, with an interval (`over_groups`), on the (attack, seed) pairs all groups have (see
+    `common`).
 
     Columns: keys, attacks ("all", and "working backdoors" where some did not take), measure, n_attacks, n (runs), mean,
     low, high, runs, interval (what it is, empty without one).
@@ -372,18 +378,22 @@ def attack_grid(results: Results, frame: pd.DataFrame, *, name: str, title: str,
              "mark": ""} if len(means) else {}
     numbers = pd.concat([data, means.assign(**extra)[data.columns]]) if len(means) else data
     return table(name, title, f"{caption} Averages: over attacks, on the (attack, seed) pairs finished for every "
-                 f"defense shown.{footnotes(data, weak)}", shown, numbers, frame, legend(measures))
+                 f"defense but those that miss half of them.{footnotes(data, weak)}", shown, numbers, frame,
+                 legend(measures))
 
 
 def defense_grid(results: Results, frame: pd.DataFrame, measure: str, *, name: str, title: str,
-                 caption: str, sample: str = "image") -> Table:
+                 caption: str) -> Table:
     """One measure of many defenses: a row per defense, a column per attack."""
     keys = ["attack", "defense"]
     data = mark(results, frame, estimates(frame, keys, [measure]), keys, ["attack"])
     weak = not_taken(frame)
+    begun = data.groupby("attack", sort=False).n.max()
+    to_run = begun.index[begun == 0].to_list()
+    absent = f" Not run yet: {', '.join(to_run)}." if to_run else ""
     rows = []
-    for defense, part in data.groupby("defense", sort=False):
+    for defense, part in data[~data.attack.isin(to_run)].groupby("defense", sort=False):
         cells = {f"{row.attack} †" if row.attack in weak else row.attack: printed(row, 1) for row in part.iloc}
         rows.append({"Defense": defense, **cells, "n": Value(counts(part.n.to_list()))})
-    return table(name, f"{title}: {heading(measure)}", f"{caption}{footnotes(data, weak)}",
-                 pd.DataFrame(rows).fillna(Value(MISSING)), data, frame, legend([measure], sample))
+    return table(name, f"{title}: {heading(measure)}", f"{caption}{absent}{footnotes(data, weak)}",
+                 pd.DataFrame(rows).fillna(Value(MISSING)), data, frame, legend([measure]))

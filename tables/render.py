@@ -54,6 +54,7 @@ class Table:
     legend: str = ""
     datasets: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    published: bool = False     # every victim is a checkpoint that others trained
 
 
 def heading(measure: str) -> str:
@@ -67,14 +68,16 @@ def title(table: Table, profile: Profile) -> str:
 
 
 def provenance(table: Table, profile: Profile) -> str:
-    """One line: profile with its note, data sets and models of the runs (the profile's where they name none), seeds,
+    """One line: profile with its scale, data sets and models of the runs (the profile's where they name none), seeds,
     number of runs."""
     if not table.runs:
         return "Published values; no run of this artifact is shown."
     seeds = ", ".join(map(str, table.seeds)) or "none"
     places = ", ".join(f"{kind}{'s' * (len(names) > 1)} {', '.join(names)}" for kind, names in (
         ("dataset", table.datasets or (profile.dataset,)), ("model", table.models or (profile.model,))))
-    return (f"Profile {profile.name} ({profile.note}); {places}; "
+    note = "victims as published, what takes long in a defense cut" if table.published and profile.shortened \
+        else profile.note
+    return (f"Profile {profile.name} ({note}); {places}; "
             f"seeds {seeds}; {len(table.runs)} finished run{'' if len(table.runs) == 1 else 's'}.")
 
 

@@ -104,6 +104,8 @@ def results(root: Path, seeds: int = 2, full: bool = True) -> Results:
         # Figures look for victims by type.
         task = Made("digits", "wrn-10-1", Recipe(1, ((0, 0.1),)), seed, title) if labels.get("defense") == "Before" \
             else Stub(title, seed)
+        if {"defense", "variant"} <= set(labels):
+            labels = {**labels, "settings": labels["variant"]}
         entries.append(Entry("nad", item, labels, task))
         noise = np.random.default_rng([seed, len(entries)])
         acc, asr = (float(np.clip(value + noise.normal(0, 2), 0, 100)) for value in (acc, asr))

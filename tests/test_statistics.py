@@ -10,6 +10,7 @@ from scipy import stats
 from reproduce.statistics import (
     Ranking,
     holm,
+    least,
     mcnemar,
     over_groups,
     paired_difference,
@@ -72,9 +73,9 @@ def test_wilcoxon_with_ties_and_zeros_counts_every_sign() -> None:
 
 def test_six_pairs_are_the_fewest_that_reach_5_percent() -> None:
     assert wilcoxon([-1, -2, -3, -4, -5, -6]).p == pytest.approx(2 / 64)
-    assert wilcoxon([-1, -2, -3, -4, -5, -6]).note == ""
     five = wilcoxon([-1, -2, -3, -4, -5])
-    assert five.p == pytest.approx(2 / 32) and "n = 5" in five.note
+    assert five.p == pytest.approx(2 / 32) == least(5, 1)
+    assert least(7, 3) < 0.05 < least(7, 4) and least(8, 6) < 0.05, "a family asks for more"
     assert wilcoxon([0.0, 0.0]).p == 1.0 and math.isnan(wilcoxon([]).p)
 
 

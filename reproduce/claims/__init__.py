@@ -45,6 +45,7 @@ def scaled(claim: Claim, profile: Profile, departure: str = "") -> Claim:
     if profile.smoke:
         return dataclasses.replace(claim, verdict=claim.outcome if claim.outcome == NOT_RUN else NO_VERDICT,
                                    scale="smoke scale")
+    departure = claim.scale or departure
     if departure:
         found = claim.outcome in (SUPPORTED, REFUTED)
         note = f"; {claim.outcome} with {departure}: no verdict on the paper"

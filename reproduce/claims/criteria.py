@@ -1,4 +1,5 @@
-"""The criteria that claims are checked by, with thresholds written down before any run of a defense."""
+"""The criteria that claims are checked by. Thresholds were written down before any run of a defense; which claims came
+when some of their runs were known is said in their criterion."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ import pandas as pd
 
 from reproduce.protocols import PAPERS
 from reproduce.results import MEASURES, Results
-from reproduce.statistics import ALPHA, Interval, PairedTest, holm, wilcoxon
+from reproduce.statistics import ALPHA, Interval, PairedTest, holm, least, wilcoxon
 from tables.comparison import Study, bounds, main_rows
 from tables.layout import (
     BEFORE,
@@ -161,9 +162,9 @@ def of(rows: dict[str, pd.DataFrame], defense: str, attack: str) -> pd.DataFrame
 # came after the first real runs and, intervals being wider, withholds verdicts.
 def _gain(better: str, worse: str, margin: float) -> str:
     return ("Supported: exact Wilcoxon signed-rank p < 0.05 (Holm over {family}) and the 95 % interval "
-            f"of the mean difference {better} 0; its size is given. Not supported: that interval wholly "
-            f"{worse} {margin:+.0f} points, so any gain is smaller than that. Fewer than {FEWEST} pairs decide "
-            "nothing.")
+            f"of the mean difference {better} 0; its size is given. Not supported: that interval not wholly {better} 0 "
+            f"and wholly {worse} {margin:+.0f} points, so any gain is smaller than that. Fewer than {FEWEST} pairs "
+            "decide nothing.")
 
 
 ADDS = _gain("below", "above", -MARGIN)     # of measures that are better when lower
@@ -199,18 +200,25 @@ def compared(rows: dict[str, pd.DataFrame], subject: str, defense: str, control:
 def adds(family: Sequence[Compared]) -> list[Check]:
     """Whether each defense lowers ASR beyond its control (see ADDS), or raises another measure (see RAISES); the
     p-values are one family."""
+    tested = [one.test.n for one in family if not math.isnan(one.test.p)]
+    floor = least(max(tested, default=0), len(tested))
     adjusted = holm([one.test.p for one in family])
-    return [_adds(one, p) for one, p in zip(family, adjusted, strict=True)]
+    return [_adds(one, p, floor) for one, p in zip(family, adjusted, strict=True)]
 
 
-def _adds(one: Compared, p: float) -> Check:
+def _adds(one: Compared, p: float, floor: float) -> Check:
+    """floor: what p cannot fall below in this family."""
     interval = one.interval
     if not one.paired:
         return Check(one.subject, NOT_RUN, "not run", p=p)
     lower = one.measure in LOWER
-    gained = p < ALPHA and (interval.below(0.0) if lower else interval.above(0.0))
-    refuted = len(one.paired) >= FEWEST and (interval.above(-MARGIN) if lower else interval.below(MARGIN))
-    note = f"; {one.test.note}" if one.test.note else ""
+    better = interval.below(0.0) if lower else interval.above(0.0)
+    gained = p < ALPHA and better
+    refuted = len(one.paired) >= FEWEST and not better and (
+        interval.above(-MARGIN) if lower else interval.below(MARGIN))
+    zeros = len(one.paired) - one.test.n
+    note = f", {zeros} of them equal" if zeros else ""
+    note += f"; p cannot fall below {floor:.3g} here" if floor >= ALPHA else ""
     shown = "-" if math.isnan(p) else f"{p:.3g}"
     return Check(one.subject, SUPPORTED if gained else REFUTED if refuted else UNDECIDED,
                  f"{heading(one.measure)} {interval.mean:+.2f} points"
@@ -220,25 +228,27 @@ def _adds(one: Compared, p: float) -> Check:
 
 
 def controls(paper: str, method: str, family: Sequence[Compared], statements: dict[str, str], called: str,
-             on: str = "the same victims, working backdoors only, paired by attack and seed") -> list[Claim]:
+             on: str = "the same victims, working backdoors only, paired by attack and seed",
+             written: str = "") -> list[Claim]:
     """Whether `method` does better than each control of the family. statements: by the comparisons' subjects; called:
-    the family, on: the victims, in the criterion."""
+    the family, on: the victims, written: when that was asked, in the criterion."""
     return [claim(paper, f"{one.subject}-adds", statements[one.subject], "control for the abstract's claim",
-                  f"{method} minus \"{one.control}\" on {on}. {ADDS.format(family=called)}", [check], one.runs)
+                  f"{method} minus \"{one.control}\" on {on}. {ADDS.format(family=called)}{written}", [check], one.runs)
             for one, check in zip(family, adds(family), strict=True)]
 
 
-def on_authors_victim(results: Results, study: Study, variant: str,
-                      comparisons: Sequence[tuple[str, str]]) -> list[Claim]:
-    """Whether each (defense, control) shows what it should on the one checkpoint that the authors published."""
+def on_authors_victim(results: Results, study: Study, variant: str, comparisons: Sequence[tuple[str, str]],
+                      written: str, told: str = "") -> list[Claim]:
+    """Whether each (defense, control) shows what it should on the one checkpoint that the authors published. written:
+    when that was asked; told: what the defense knows and the control does not."""
     rows = defenses(results, study, variant, "authors-victim")
     family = [compared(rows, f"{defense} against {control}", defense, control) for defense, control in comparisons]
     return [claim(study.paper, f"authors-victim-{number}",
-                  f"On the checkpoint its authors published, {defense} leaves less ASR than {control}.",
+                  f"On the checkpoint its authors published, {defense}{told} leaves less ASR than {control}.",
                   "control for the abstract's claims",
                   f"{defense} minus {control} on that one checkpoint, paired by seed, which fixes the clean subset and "
                   "what the defenses draw: nothing is said of other victims. "
-                  + ADDS.format(family=f"the paper's {len(family)} such controls"), [check], one.runs)
+                  + ADDS.format(family=f"the paper's {len(family)} such controls") + f" {written}", [check], one.runs)
             for number, ((defense, control), one, check) in enumerate(
                 zip(comparisons, family, adds(family), strict=True), 1)]
 

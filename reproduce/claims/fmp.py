@@ -1,5 +1,7 @@
 """FMP's claims: its averages on CIFAR-10, its distance to the baselines, and whether the pruning does it."""
 
+from dataclasses import replace
+
 from reproduce.claims.criteria import (
     FEWEST,
     NO_ROWS,
@@ -72,8 +74,10 @@ def _on_published(results: Results) -> list[Claim]:
               (("pruning", "no pruning"), ("scoring", "random maps"), ("adversarial-scoring", "least active maps"))]
     statements = {f"published-{name}": f"{text.removesuffix('.')}, on published checkpoints."
                   for name, text in STATEMENTS.items()}
-    return controls(PAPER, DESCRIBED, family, statements, THREE,
-                    f"{CHECKPOINTS}, BadNets, paired by checkpoint and seed, which stand for attacks here")
+    found = controls(PAPER, DESCRIBED, family, statements, THREE,
+                     f"{CHECKPOINTS}, BadNets, paired by checkpoint and seed, which stand for attacks here",
+                     " Written after the runs under reference/.")
+    return [replace(one, scale="published WRN-16-1 checkpoints in place of FMP's own victims") for one in found]
 
 
 def _average(table: dict, measure: str, wanted: float) -> Check:

@@ -36,7 +36,8 @@ def claims(results: Results) -> list[Claim]:
 
 def _on_authors_victim(results: Results) -> list[Claim]:
     return on_authors_victim(results, STUDY, "released",
-                             [(METHOD, RANDOM), (METHOD, CROSS_ENTROPY), (METHOD, "FT")])
+                             [(METHOD, RANDOM), (METHOD, CROSS_ENTROPY), (METHOD, "FT")],
+                             "Written before the runs under reference/.", ", told the target label,")
 
 
 def _main(results: Results) -> list[Claim]:

@@ -49,7 +49,7 @@ class PreActResNet18(Normalised):
 
     taps = ("layer1", "layer2", "layer3", "layer4")
     penultimate = "layer4"
-    # There, not here, a block adds its shortcut in place to what its last convolution gave (:41): see `defenses/fmp.py`.
+    # There, not here, a block adds its shortcut in place to its last convolution's output (:41): see `defenses/fmp.py`.
     adds_in_place = True
 
     def __init__(self, width: int, num_classes: int) -> None:

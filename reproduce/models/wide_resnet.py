@@ -7,8 +7,8 @@ Initialisation: conv N(0, sqrt(2 / (k k C_out))), BatchNorm 1 / 0, classifier bi
 
 Parameter names are those of the public WideResNet-pytorch line (`conv1`, `block1.layer.0.bn1`, ..., `fc`), so the
 papers' checkpoints load strictly. Layers run in the order they are registered, and the sum is not in place, as there
-(models/wresnet.py:28-37 of bboylyg/NAD@f17b713): FMP's released script depends on both. Differences from it: group 1 of width 1 has no shortcut conv there either; the
-average pooling is global, which equals its 8x8 window on 32x32 images.
+(models/wresnet.py:28-37 of bboylyg/NAD@f17b713): FMP's released script depends on both. Differences from it: group 1 of
+width 1 has no shortcut conv there either; the average pooling is global, which equals its 8x8 window on 32x32 images.
 """
 
 import math

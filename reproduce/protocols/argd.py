@@ -34,8 +34,8 @@ _RELEASED = argd.SETTINGS[PAPER, "released"]
 NAD_IN_ARGD = replace(argd.as_nad(_RELEASED), betas=(5000.0, 5000.0, 5000.0))
 # NAD and FT as their own released code has them; ARGD and its controls share teacher and schedule.
 DESCRIBED_ROWS = [
-    replace(row("FT", "released", "nad"), variant="described"),
-    replace(row("NAD", "released", "nad"), variant="described"),
+    row("FT", "released", "nad").under("described"),
+    row("NAD", "released", "nad").under("described"),
     Row(CONTROL, "described", "argd", argd.without_distillation(_DESCRIBED)),
     Row(NODES, "described", "argd", argd.nodes_only(_DESCRIBED)),
     Row("ARGD", "described", "argd", _DESCRIBED),

@@ -44,11 +44,11 @@ def _own(variant: str) -> Any:
 
 
 # FT and the vote are in no released code; they stand beside the released settings with ours.
-FT = replace(row("FT", "ours", PAPER, "ft_text"), variant="released")
+FT = row("FT", "ours", PAPER, "ft_text").under("released")
 RELEASED_ROWS = [
     FT, row("CUBE", "released", PAPER),
     Row(WORDS, "released", "onion", onion.SETTINGS[PAPER, "n-gram-purify"]),
-    replace(row("Word drop", "ours", PAPER, "word_drop"), variant="released"),
+    row("Word drop", "ours", PAPER, "word_drop").under("released"),
     Row(INITIAL, "released", "badacts", _own("initial")), Row(STATISTICS, "released", "badacts", _own("statistics")),
     Row(RANDOM, "released", "badacts", _own("random")), Row(CLS, "released", "badacts", _own("cls")),
     Row(REJECT, "released", "badacts", _own("detect")), Row(THEN, "released", "badacts", _own("detect-then-purify")),

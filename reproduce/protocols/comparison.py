@@ -28,16 +28,18 @@ BETA_ZERO = "NAD (beta = 0)"
 
 @dataclass(frozen=True)
 class Row:
-    """One defense of a comparison: how the table calls it and its variant, the module, the configuration."""
+    """One defense of a comparison: how the table calls it, the variant whose comparison it is, the module, the
+    configuration, and the variant that this is of, where it is another one."""
 
     label: str
     variant: str
     defense: str
     config: Any
+    settings: str = ""
 
     def under(self, variant: str) -> "Row":
-        """The same in the table of another variant."""
-        return replace(self, variant=variant)
+        """The same, settings and all, in the comparison of another variant."""
+        return replace(self, variant=variant, settings=self.settings or self.variant)
 
 
 def row(label: str, variant: str, paper: str, defense: str | None = None) -> Row:
@@ -75,8 +77,9 @@ def cell(profile: Profile, on: Victim, defense: str, config: Any, fraction: floa
 def comparison(profile: Profile, paper: str, item: str, on: Victim, labels: dict[str, str], rows: list[Row],
                fraction: float | None = None) -> list[Entry]:
     """The victim as it is, and every defense of `rows` on it."""
-    found = [Entry(paper, item, {**labels, "defense": "Before", "variant": "-"}, on)]
-    found += [Entry(paper, item, {**labels, "defense": one.label, "variant": one.variant},
+    found = [Entry(paper, item, {**labels, "defense": "Before", "variant": "-", "settings": "-"}, on)]
+    found += [Entry(paper, item, {**labels, "defense": one.label, "variant": one.variant,
+                                  "settings": one.settings or one.variant},
                     cell(profile, on, one.defense, one.config, fraction)) for one in rows]
     return found
 

@@ -1,9 +1,12 @@
 """MCLDef (Yue et al., ACM MM 2023): the runs behind each of its tables and figures.
 
-Victims are those of NAD's protocol (`comparison.RELEASED`), to which the attacks WaNet and input-aware come; all have
-target 5 and rate 0.1 as in MCLDef's code. Its own victim, 49 epochs with augmentation, differs in nothing a defense
-sees but quality. What the inverted trigger is worth shows against a trigger of as many pixels in random places, and
-what the contrastive loss is worth against the cross-entropy on the same stamped images.
+Victims are those of NAD's protocol (`comparison.RELEASED`), to which the attacks WaNet and input-aware come, so that
+all papers repair the same models; target 5 as in MCLDef's code, and rate 0.1 but for the clean-label attacks. The
+attacks of that code (data_loader.py of Zhihao151/MCL@1ce3f44) are others: its CL stamps every image of the target
+class (:310-317), its Blend is a block of 3x3 pixels (:515-532), its Trojan a stored patch, its SIG relabels; Refool
+and input-aware are in neither of its releases. Its victim, 49 epochs with augmentation on normalised images, is the
+one that is published. What the inverted trigger is worth shows against a trigger of as many pixels in random places,
+and what the contrastive loss is worth against the cross-entropy on the same stamped images.
 """
 
 from dataclasses import replace
