@@ -214,7 +214,8 @@ def tested(name: str, title: str, compared_is: str, compared: list[dict[str, Any
                  f"means, or over the seeds of a single one. p: exact "
                  f"two-sided Wilcoxon signed-rank test over ({noun}, seed) pairs, which takes the seeds of {group} as "
                  f"independent; p over {noun}s: the same on one mean difference per {noun}, not corrected. Below 6 "
-                 "non-zero differences p cannot reach 0.05. Holm: over the rows of this table. McNemar: in how many "
+                 "non-zero differences p cannot reach 0.05. Holm: over the rows of this table, which is another family "
+                 "than that of a claim. McNemar: in how many "
                  f"pairs, test {sample} by test {sample}, the measure is significantly lower or higher (5 %, Holm over "
                  "the pairs of the row).", pd.DataFrame(shown), data,
                  source)

@@ -63,7 +63,7 @@ def ranks(results: Results) -> Table:
                      f"{undecided(result)}.")
         for i, name in enumerate(names):
             p = math.nan
-            if REFERENCE in names and name != REFERENCE:
+            if REFERENCE in names and name != REFERENCE and result.least < ALPHA:
                 j = names.index(REFERENCE)
                 p = result.pairs[min(i, j), max(i, j)]
             numbers.append({"defense": name, "measure": measure, "mean_rank": result.ranks[i], "pairs": result.blocks,
@@ -74,8 +74,8 @@ def ranks(results: Results) -> Table:
     return table("ranks", "Every defense on every attack: ranks",
                  "Mean rank over (attack, seed) pairs finished for every defense shown, working backdoors only; 1 is "
                  "lowest ASR, highest ACC or RA. Tests after Demsar (2006): Friedman, then exact Wilcoxon signed-rank "
-                 f"tests between all pairs of defenses, Holm-corrected; those against {REFERENCE} are shown. They take "
-                 "the seeds of an attack as independent. " + " ".join(notes),
+                 f"tests between all pairs of defenses, Holm-corrected; those against {REFERENCE} are shown, where any "
+                 "could be significant. They take the seeds of an attack as independent. " + " ".join(notes),
                  pd.DataFrame(list(shown.values())).fillna(Value(MISSING)), pd.DataFrame(numbers),
                  pd.concat(used) if used else main_rows(results).iloc[:0])
 

@@ -223,7 +223,7 @@ def _adds(one: Compared, p: float, floor: float) -> Check:
     return Check(one.subject, SUPPORTED if gained else REFUTED if refuted else UNDECIDED,
                  f"{heading(one.measure)} {interval.mean:+.2f} points"
                  f"{bounds(interval.low, interval.high, 2, '+')} against {one.control}, "
-                 f"Wilcoxon p (Holm) = {shown}, {len(one.paired)} (attack, seed) pairs{note}",
+                 f"Wilcoxon p (Holm) = {shown}, {len(one.paired)} pairs{note}",
                  interval.mean, interval.low, interval.high, len(one.paired), p)
 
 
