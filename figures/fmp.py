@@ -123,4 +123,4 @@ def trade_off(results: Results, item: str) -> Figure | None:
     return Figure(f"trade-off{'' if item == 'main' else f'-{item}'}",
                   f"FMP: trade-off on {STUDY.attacks[item]}",
                   f"Means over {attacks} attacks; bars: Student's 95 % intervals over attacks, from six "
-                  "on. Best is top left.", draw, data)
+                  "on. Best is top left; ASR on a square-root scale.", draw, data)

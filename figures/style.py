@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
@@ -233,14 +234,21 @@ def trade_offs(data: pd.DataFrame, panel: str, series: str, columns: int = 2, ex
 
 
 def marks(axis: Axes, data: pd.DataFrame, series: str, names: Sequence[str], measure: str) -> None:
-    """ASR against another measure, with intervals; names without a run are only for the legend."""
+    """ASR, on the scale of its square root, against another measure, with intervals; names without a run are only for
+    the legend."""
     for i, name in enumerate(names):
         asr, other = (data[(data[series] == name) & (data.measure == each)] for each in ("asr", measure))
         colour, marker = look(name, i)
         # The victim's mark is larger, so that it is seen around those of defenses that changed nothing.
         axis.errorbar(asr["mean"], other["mean"], xerr=errors(asr), yerr=errors(other), fmt=marker, color=colour,
                       elinewidth=0.7, markersize=7 if name == BEFORE else None, label=name)
-    limits([axis], ["asr"])
+    # On a straight axis what several defenses leave of a backdoor would be one heap.
+    axis.set_xscale("function", functions=(_root, lambda values: np.sign(values) * np.square(values)))
+    axis.set(xlim=(-0.3, 110), xticks=(0, 5, 20, 50, 100), xticklabels=("0", "5", "20", "50", "100"))
+
+
+def _root(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.sqrt(np.abs(values))
 
 
 def limits(axes: Sequence[Axes], measures: Sequence[str]) -> None:
