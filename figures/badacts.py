@@ -67,7 +67,8 @@ def trade_off(results: Results, dataset: str) -> Figure | None:
     data = done(frame, ["attack", "defense"], ("asr", "acc"))
     if not len(data):
         return None
-    return Figure("trade-off", f"BadActs: ASR against ACC, {dataset}", "Best is top left; ASR on a square-root scale; ACC is the paper's CACC. "
+    return Figure("trade-off", f"BadActs: ASR against ACC, {dataset}",
+                  "Best is top left; ASR on a square-root scale; ACC is the paper's CACC. "
                   f"{BARS} {seeds(data)}.", lambda: trade_offs(data, "attack", "defense"), data, seeds(data))
 
 

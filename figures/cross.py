@@ -73,6 +73,7 @@ def trade_off(results: Results) -> Figure | None:
     data = done(frame, ["attack", "defense"], ("asr", "acc"))
     if not len(data):
         return None
-    return Figure("trade-off", "Every defense on every attack: ASR against ACC", f"Best is top left; ASR on a square-root scale. {BARS} "
-                  f"{seeds(data)}.", lambda: trade_offs(data, "attack", "defense", columns=3), data, seeds(data))
+    return Figure("trade-off", "Every defense on every attack: ASR against ACC",
+                  f"Best is top left; ASR on a square-root scale. {BARS} {seeds(data)}.",
+                  lambda: trade_offs(data, "attack", "defense", columns=3), data, seeds(data))
 
