@@ -11,8 +11,10 @@ from reproduce import claims
 from reproduce.claims import criteria
 from reproduce.protocols import PROFILES, Entry
 from reproduce.results import Results
+from reproduce.statistics import wilcoxon
 from reproduce.store import Store
 from tables import argd as argd_tables
+from tables.layout import Pair, over_attacks
 from tests.synthetic import ATTACKS, Stub, results, write_run
 
 
@@ -61,6 +63,23 @@ def test_not_erased_with_loss_and_no_gain(tmp_path: Path) -> None:
 def test_the_same_erasure_without_distillation_refutes_the_control(tmp_path: Path) -> None:
     found = made(tmp_path, {"Before": (90, 99), "NAD (beta = 0)": (89, 1), "NAD": (89, 1)})
     assert verdict(found, "distillation-adds-described") == criteria.REFUTED
+
+
+def against_control(*differences: float, controls: int = 1) -> criteria.Check:
+    """The verdict on these differences of ASR, a seed each, in a family of so many alike."""
+    paired = [Pair("BadNets", 50 + difference, 50, "", "") for difference in differences]
+    one = criteria.Compared("made", "control", paired, over_attacks(paired, "asr"), wilcoxon(differences))
+    return criteria.adds([one] * controls)[0]
+
+
+def test_a_small_gain_for_certain_is_never_called_none() -> None:
+    small = (-1.3, -1.2, -1.4, -1.25, -1.35, -1.31, -1.29)
+    assert against_control(*small).outcome == criteria.SUPPORTED
+    found = against_control(*small, controls=4)
+    assert found.outcome == criteria.UNDECIDED and "p cannot fall below 0.0625 here" in found.text
+    assert against_control(*small, -1.32, controls=4).outcome == criteria.SUPPORTED, "eight seeds can"
+    assert against_control(0.3, -0.2, 0.1, -0.4, 0.2, 0.0, -0.1).outcome == criteria.REFUTED
+    assert "1 of them equal" in against_control(0.3, -0.2, 0.1, -0.4, 0.2, 0.0, -0.1).text
 
 
 def test_five_attacks_do_not_support_a_claim_about_six(tmp_path: Path) -> None:

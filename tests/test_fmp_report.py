@@ -17,7 +17,16 @@ from reproduce.cells import Victim
 from reproduce.claims import criteria
 from reproduce.claims import fmp as fmp_claims
 from reproduce.protocols import PROFILES, Entry, departure, entries
-from reproduce.protocols.fmp import BASELINES, BEFORE_ANY, IDLE, METHOD, NO_PRUNING, PAPER, RANDOM
+from reproduce.protocols.fmp import (
+    BASELINES,
+    BEFORE_ANY,
+    IDLE,
+    METHOD,
+    NO_PRUNING,
+    NOT_OF_WIDE_RESNET,
+    PAPER,
+    RANDOM,
+)
 from reproduce.report import write_report
 from reproduce.results import Results
 from reproduce.store import Store
@@ -150,8 +159,13 @@ def test_faults_on_published_checkpoints(tmp_path: Path) -> None:
     assert set(checks) == {f"published-{name}-adds" for name in ("pruning", "scoring", "adversarial-scoring")}
     assert checks["published-adversarial-scoring-adds"].value == pytest.approx(idle.difference)
     assert {(check.n, check.outcome) for check in checks.values()} == {(3, criteria.UNDECIDED)}, "three pairs are few"
+    assert {claim.scale for claim in claims.claims(results, PROFILES["cpu"])} == {
+        "published WRN-16-1 checkpoints in place of FMP's own victims"}
+    faults = {entry.labels["faults"].split(" ")[-1] for entry in found if " " in entry.labels["faults"]}
+    assert {"noise", "leak"} <= faults and faults.isdisjoint(NOT_OF_WIDE_RESNET)
     page = write_report(results, PROFILES["cpu"], tmp_path / "report", "").page.read_text()
     assert "no victim: all are published checkpoints" in page and "victims to" not in page
+    assert "(victims as published, what takes long in a defense cut)" in page and "cut to 12 epochs)" not in page
     figure = next(figure for figure in figures.figures(results) if figure.name == f"{PAPER}-published-faults")
     assert set(figure.data.attack) == {"NAD's", "ARGD's", "MCLDef's"}
     assert "Several attacks" not in figure.caption
@@ -237,6 +251,16 @@ def test_the_released_noise_is_that_of_its_data_set() -> None:
     noise = {entry.item: entry.task.config.alpha for entry in entries(PROFILES["paper"], [PAPER])
              if (entry.labels.get("defense"), entry.labels.get("variant")) == (METHOD, "released")}
     assert (noise["main"], noise["cifar100"], noise["gtsrb"]) == (0.02, 0.03, 0.03)
+
+
+def test_baselines_have_the_released_settings_of_their_data_set() -> None:
+    found = [entry for entry in entries(PROFILES["paper"], [PAPER]) if entry.labels.get("attack") == "BadNets"]
+    frozen = {entry.labels["variant"]: entry.task.config.last for entry in found
+              if entry.item == "main" and entry.labels["defense"] == "FP"}
+    assert frozen == {"described": False, "released": True}
+    sharpness = {entry.item: (entry.task.config.rho, entry.task.config.recipe.epochs) for entry in found
+                 if entry.labels.get("defense") == "FT-SAM"}
+    assert sharpness["main"] == sharpness["cifar100"] == (2.0, 100) and sharpness["gtsrb"] == (8.0, 50)
 
 
 def test_attacks_that_train_by_their_own_code_keep_the_first_rate() -> None:

@@ -176,6 +176,9 @@ def test_checkpoints_that_authors_published(module, drawn, tmp_path: Path) -> No
     method = module.STUDY.name
     # NAD lacks three seeds, and five pairs decide nothing.
     assert against[f"{method} against FT"] == (criteria.UNDECIDED if method == "NAD" else criteria.SUPPORTED)
+    settings = shown["Settings"].to_dict()
+    assert settings["FT"] == settings["NAD"] == "released", "that of NAD's code in every paper's table"
+    assert settings[method] == ("described" if method == "ARGD" else "released")
     if method == "ARGD":
         assert against["ARGD against NAD, betas 2000/5000/2000"] == criteria.REFUTED
         assert against["ARGD against NAD"] == criteria.UNDECIDED
