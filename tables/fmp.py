@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from defenses.fmp import FAULTS
-from reproduce.protocols.fmp import METHOD, NO_PRUNING, PAPER, RANDOM
+from reproduce.protocols.fmp import METHOD, NO_PRUNING, NOT_OF_WIDE_RESNET, PAPER, RANDOM
 from reproduce.results import Results
 from reproduce.store import Run
 from tables.comparison import (
@@ -53,7 +53,9 @@ FACTORS = (
     Factor("faults", "faults", "Faults", f"{EACH_FAULT}.", within=("attack", "Attack"), on="Several attacks",
            measures=SHOWN),
     Factor("published-faults", "faults", "Faults", f"{EACH_FAULT}; both with the choice of maps replaced, or none.",
-           within=("attack", "Checkpoint"), on=f"BadNets, on {CHECKPOINTS}", measures=SHOWN,
+           within=("attack", "Checkpoint"), measures=SHOWN,
+           on=f"BadNets, on {CHECKPOINTS}; two of the faults, {' and '.join(NOT_OF_WIDE_RESNET)}, are none on their "
+              "network",
            called="faults, on published checkpoints"),
 )
 CARRIERS = {     # {item: (table name, {label: heading} of its rows)}
