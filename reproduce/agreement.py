@@ -21,15 +21,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Agreement:
-    """pairs: the runs that both folders hold; copies: how many more are one and the same run."""
+    """pairs: the runs that both folders hold; copies: how many more are one and the same run; damaged: how many are
+    not whole in both."""
 
     pairs: list[Pair]
     copies: int
+    damaged: int = 0
 
     def lines(self) -> list[str]:
         """For people: a line per run, then one about them all."""
+        broken = [f"{self.damaged} runs are damaged in one folder or in both, and left out"] if self.damaged else []
         if not self.pairs:
-            return [f"no run was computed twice; {self.copies} are copies of one another"]
+            return [f"no run was computed twice; {self.copies} are copies of one another", *broken]
         width = max(len(pair.run) for pair in self.pairs)
         lines = [f"{'':{width}}  {'ACC':>13}  {'ASR':>13}  same predictions"]
         lines += [f"{pair.run:{width}}  {_both(pair.acc)}  {_both(pair.asr)}  {pair.same:7.2f} %"
@@ -38,7 +41,7 @@ class Agreement:
                                                      [pair.asr for pair in self.pairs if pair.asr]))
         same = mean(pair.same for pair in self.pairs)
         return [*lines, f"{len(self.pairs)} runs computed twice: ACC differs by {acc}, ASR by {asr}; {same:.2f} % of "
-                        "the predictions are the same"]
+                        "the predictions are the same", *broken]
 
 
 def agreement(here: Path, there: Path) -> Agreement:
@@ -47,10 +50,11 @@ def agreement(here: Path, there: Path) -> Agreement:
     for store in (one, other):
         if not store.names():
             raise UserError(f"{store.root} holds no runs: name a results folder")
-    pairs, copies = [], 0
+    pairs, copies, damaged = [], 0, 0
     for name in sorted(set(one.names()) & set(other.names())):
         first, second = one.find(name), other.find(name)
         if first is None or second is None:
+            damaged += 1
             continue
         if first.json("environment") == second.json("environment"):
             copies += 1
@@ -60,8 +64,9 @@ def agreement(here: Path, there: Path) -> Agreement:
         pairs.append(Pair(name, (found[0]["acc"], found[1]["acc"]), asr,
                           first.predictions().agreement(second.predictions())))
     if not pairs and not copies:
-        raise UserError(f"{here} and {there} have no finished run in common")
-    return Agreement(pairs, copies)
+        raise UserError(f"{here} and {there} have no finished run in common"
+                        + (f": {damaged} of the runs that both have are damaged" if damaged else ""))
+    return Agreement(pairs, copies, damaged)
 
 
 def _both(values: tuple[float, float] | None) -> str:

@@ -6,8 +6,6 @@ date, so moved data keep their cache, and any change of a constant makes a new r
 """
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from reproduce.defending import defense_module
 from reproduce.finetuning import TextRecipe
 from reproduce.poisoning import attack_module
+from reproduce.store import identity
 from reproduce.training import Recipe
 
 NONE = "none"
@@ -68,8 +67,7 @@ class Task:
     @cached_property
     def name(self) -> str:
         """Folder name: readable, and unique by the hash of the whole configuration."""
-        text = json.dumps(self.describe(), sort_keys=True)
-        return f"{self.label()}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return f"{self.label()}-s{self.seed}-{identity(self.describe())}"
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Commands(click.Group):
             sys.exit(2)
         except (UserError, click.ClickException) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            if found := getattr(error, "found", None):
+                click.echo(json.dumps(found))
             click.echo(f"error: {' '.join(message.split())}", err=True)
             sys.exit(2)
         except OSError as error:

@@ -13,7 +13,7 @@ from reproduce.data.texts import Texts
 from reproduce.errors import UserError
 from reproduce.models import encoder
 from reproduce.models.encoder import TextClassifier
-from reproduce.repair import check_output, settled_device
+from reproduce.repair import check_output, settled_device, write_output
 from reproduce.repair_texts import FEWEST, PAPER
 from reproduce.training import Observer, silent
 
@@ -41,14 +41,14 @@ def purify(wanted: Purification, observe: Observer = silent) -> dict[str, Any]:
     label_after: the purified label of a flagged sentence, else label_before. The totals' clean_acc_after is that on the
     sentences the search has seen, so it flatters.
     """
-    check_output(wanted.output, [wanted.clean, wanted.input])
+    check_output(wanted.output, [wanted.checkpoint, wanted.clean, wanted.input])
     if not wanted.checkpoint.is_dir():
         raise UserError(f"--checkpoint {wanted.checkpoint} is no folder: name one as save_pretrained writes it, with "
                         "the tokenizer's files")
     model = encoder.load_pretrained(str(wanted.checkpoint)).to(settled_device(wanted.device))
     labels = dict(getattr(model.network.config, "label2id", None) or {})
     clean = read_labelled(wanted.clean, model.num_classes, labels)
-    sentences = read_sentences(wanted.input)
+    sentences = read_sentences(wanted.input, model.num_classes, labels)
     if len(clean) < FEWEST:
         raise UserError(f"--clean {wanted.clean} has {len(clean)} sentences: {FEWEST} are the fewest, some hundreds "
                         "are better")
@@ -61,16 +61,18 @@ def purify(wanted: Purification, observe: Observer = silent) -> dict[str, Any]:
     if right <= 1 / model.num_classes:
         raise UserError(f"{wanted.checkpoint} classifies {100 * right:.0f} % of {wanted.clean} correctly, no "
                         "better than chance: are the labels numbered as the model numbers them?")
+    if missing := set(range(model.num_classes)) - set(clean.labels.tolist()):
+        raise UserError(f"--clean {wanted.clean} has no sentence of class {min(missing)}: it takes some of every class")
     guard = badacts.defend(model, clean, config, wanted.seed, observe)
     plain, after = model.logits(sentences).argmax(1), guard.judge(sentences)
     on_clean = guard.judge(clean.texts)
-    with wanted.output.open("w", encoding="utf-8") as file:
-        for text, label, suspicion, flagged, purified in zip(
-                sentences, plain.tolist(), after.suspicion.tolist(), after.flagged.tolist(), after.labels.tolist(),
-                strict=True):
-            file.write(json.dumps({"text": text, "label_before": label, "suspicion": round(suspicion, 6),
-                                   "nas": round(1 - suspicion, 6), "flagged": flagged, "label_after": purified},
-                                  ensure_ascii=False) + "\n")
+    lines = [json.dumps({"text": text, "label_before": label, "suspicion": round(suspicion, 6),
+                         "nas": round(1 - suspicion, 6), "flagged": flagged, "label_after": purified},
+                        ensure_ascii=False, allow_nan=False) + "\n"
+             for text, label, suspicion, flagged, purified in zip(
+                 sentences, plain.tolist(), after.suspicion.tolist(), after.flagged.tolist(), after.labels.tolist(),
+                 strict=True)]
+    write_output(wanted.output, "".join(lines).encode())
     return {"sentences": len(sentences), "flagged": int(after.flagged.sum()),
             "changed": int((plain != after.labels).sum()), "threshold": guard.threshold,
             "clean_acc_before": 100 * right,
@@ -86,12 +88,12 @@ def read_labelled(path: Path, num_classes: int, names: dict[str, int]) -> Texts:
     texts, labels = [], []
     for number, line in _lines(path):
         text, tab, label = line.rpartition("\t")
-        if number == 1 and label.strip().lower() == "label":
+        if _header(number, line):
             continue
         if not tab:
             raise UserError(f"line {number} of {path} has no tab: each line is a sentence, a tab, and its label")
-        value = names.get(label.strip(), _number(label))
-        if not 0 <= value < num_classes:
+        value = _label(label, num_classes, names)
+        if value is None:
             raise UserError(f"line {number} of {path} has label {label.strip()[:40]!r}: the model knows 0 to "
                             f"{num_classes - 1}{_known(names)}")
         texts.append(_sentence(text, number, path))
@@ -99,23 +101,29 @@ def read_labelled(path: Path, num_classes: int, names: dict[str, int]) -> Texts:
     return Texts(tuple(texts), torch.tensor(labels, dtype=torch.long))
 
 
-def read_sentences(path: Path) -> list[str]:
-    """One sentence per line; a last column after a tab that is a label is left out, and so is a header line."""
-    found = []
-    for number, line in _lines(path):
-        text, tab, label = line.rpartition("\t")
-        if number == 1 and line.strip().lower() in ("text", "text\tlabel", "sentence", "sentence\tlabel"):
-            continue
-        found.append(_sentence(text if tab and _number(label) >= 0 else line, number, path))
-    if not found:
+def read_sentences(path: Path, num_classes: int, names: dict[str, int]) -> list[str]:
+    """One sentence per line; a header line is left out, and so is a last column after a tab if it holds a label, as
+    `read_labelled` knows them, in every line."""
+    lines = [(number, line) for number, line in _lines(path) if not _header(number, line)]
+    if not lines:
         raise UserError(f"{path} holds no sentence")
-    return found
+    split = [line.rpartition("\t") for _number, line in lines]
+    labelled = all(tab and _label(label, num_classes, names) is not None for _text, tab, label in split)
+    return [_sentence(text if labelled else line, number, path)
+            for (number, line), (text, _tab, _last) in zip(lines, split, strict=True)]
 
 
-def _number(label: str) -> int:
-    """The label, if it is one in few enough digits; -1 otherwise."""
-    digits = label.strip()
-    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else -1
+def _header(number: int, line: str) -> bool:
+    """Whether the line names columns in place of holding a sentence."""
+    return number == 1 and (line.strip().lower() in ("text", "sentence")
+                            or ("\t" in line and line.rpartition("\t")[2].strip().lower() == "label"))
+
+
+def _label(column: str, num_classes: int, names: dict[str, int]) -> int | None:
+    """The label in a column, a number or one of the model's label names; None if it is neither."""
+    text = column.strip()
+    value = names.get(text, int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1)
+    return value if 0 <= value < num_classes else None
 
 
 def _known(names: dict[str, int]) -> str:

@@ -1,6 +1,7 @@
 """Somebody's own checkpoint: how good is it, how backdoored, and what does a defense make of it?"""
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from reproduce import data, models
 from reproduce.cells import NONE
@@ -27,6 +28,7 @@ from reproduce.models.checkpoints import load_checkpoint
 from reproduce.plugins import plugins, settings_of
 from reproduce.poisoning import attack_module
 from reproduce.processor import repeatable
+from reproduce.store import damage
 
 CLEAN_FRACTION = 0.05   # of the training images
 
@@ -97,9 +99,34 @@ def repair_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     defended = module.defend(network, clean, config, suspect.seed, clean_model=clean_model)
     repaired = defended.model
     seconds = round(time.monotonic() - started, 2)
-    save_file({name: value.cpu().contiguous() for name, value in repaired.state_dict().items()}, repair.output)
-    return {"before": before, "after": _measured(repaired, test), "seconds": seconds, "defense": repair.defense,
-            "clean_images": len(clean.images), "info": defended.info, "output": str(repair.output)}
+    found = {"before": before, "after": _measured(repaired, test), "seconds": seconds, "defense": repair.defense,
+             "clean_images": len(clean.images), "info": defended.info}
+    return written(repaired.state_dict(), repair.output, found)
+
+
+def written(weights: dict[str, Tensor], path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """`found` with the file that the weights are in now; UserError with `found` where they cannot be written."""
+    content = save({name: value.cpu().contiguous() for name, value in weights.items()})
+    try:
+        write_output(path, content)
+    except UserError as error:
+        raise UserError(str(error), {**found, "output": None}) from error
+    return {**found, "output": str(path)}
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """All of it or, if there is no room, what was there before; UserError then."""
+    target = path.resolve()
+    special = target.exists() and not target.is_file()      # /dev/stdout, say
+    partial = target if special else target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(target)
+    except OSError as error:
+        if partial != target:
+            partial.unlink(missing_ok=True)
+        raise UserError(f"--output {path} cannot be written ({error.strerror}): make room there, or name another "
+                        "file") from error
 
 
 def check_used(suspect: Suspect, told: bool = False) -> None:
@@ -125,24 +152,31 @@ def check_weights_output(path: Path, suspect: Suspect) -> None:
     """UserError unless weights can be written there without losing any."""
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path}: repaired weights are written as .safetensors; name such a file")
-    inputs = [suspect.checkpoint, suspect.clean_model, suspect.trigger]
-    # A run folder or a pretrained model's stands for the weights in it.
-    check_output(path, [given for given in inputs if given] + [suspect.checkpoint / "model.safetensors"])
+    check_output(path, [given for given in (suspect.checkpoint, suspect.clean_model, suspect.trigger) if given])
 
 
 def check_output(path: Path, inputs: Sequence[Path]) -> None:
-    """UserError unless the file can be written, which is tried before hours are spent, and is none of the inputs."""
+    """UserError unless the file can be written, which is tried before hours are spent, and is none of the inputs, nor
+    in a folder that is one."""
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: the folder {path.parent} does not exist")
     try:
-        there = path.exists() or path.is_symlink()
+        there = path.exists()
         if path.exists() and any(given.exists() and path.samefile(given) for given in inputs):
             raise UserError(f"--output {path} is one of the inputs and would be overwritten: name another file")
+        if any(given.is_dir() and path.resolve().is_relative_to(given.resolve()) for given in inputs):
+            raise UserError(f"--output {path} is inside a folder that is an input: name a file elsewhere")
         path.open("ab").close()
     except OSError as error:
         raise UserError(f"--output {path} cannot be written ({error.strerror}): name another file") from error
     if not there:
-        path.unlink()
+        path.resolve().unlink()
+
+
+def check_whole(folder: Path) -> None:
+    """UserError where the folder is a run's, and something in it is not what it was when the run ended."""
+    if all((folder / name).is_file() for name in ("done", "manifest.json")) and (reason := damage(folder)):
+        raise UserError(f"{folder} is a damaged run ({reason}): compute it again, or take another copy")
 
 
 def usable_devices(choice: str) -> tuple[str, ...]:
@@ -165,6 +199,7 @@ def _networks(suspect: Suspect, loaded: Dataset) -> tuple[nn.Module, nn.Module |
     place = settled_device(suspect.device)
 
     def load(path: Path) -> nn.Module:
+        check_whole(path.parent)
         network = load_checkpoint(path, suspect.model, loaded.num_classes, loaded.name)
         if suspect.normalize is not None:
             models.normalise_inputs(network, suspect.normalize)
@@ -185,7 +220,7 @@ def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) 
         if not 0 <= suspect.target < classes:
             raise UserError(f"--target {suspect.target}: {loaded.name} has labels 0 to {classes - 1}")
         settings = dataclasses.replace(settings, target=suspect.target)
-    if "clean-model" in module.requires(settings) and clean_model is None:
+    if "clean-model" in module.requires(settings) and clean_model is None and not suspect.trigger:
         raise UserError(f"attack {suspect.attack} {suspect.variant} builds its trigger on a clean model: name one with "
                         "--clean-model")
     if suspect.trigger:
@@ -199,6 +234,7 @@ def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) 
 
 def _with_trigger(path: Path, loaded: Dataset, attack: str, settings: Any, seed: int) -> TestSet:
     """The test images and their copies with the trigger of `path`, which may be another attack's or another size's."""
+    check_whole(path.parent)
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from reproduce import data
 from reproduce.cells import NONE
@@ -18,7 +18,16 @@ from reproduce.models import encoder
 from reproduce.models.encoder import TextClassifier
 from reproduce.plugins import settings_of
 from reproduce.poisoning import attack_module
-from reproduce.repair import Repair, Suspect, check_modality, check_used, check_weights_output, settled_device
+from reproduce.repair import (
+    Repair,
+    Suspect,
+    check_modality,
+    check_used,
+    check_weights_output,
+    check_whole,
+    settled_device,
+    written,
+)
 from reproduce.texts import TextTestSet, judge_both, triggered_test_set
 
 PAPER = "badacts"
@@ -69,10 +78,8 @@ def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
         if len(test.triggered):
             found["flagged"]["triggered"] = 100 * float(on_triggered.flagged.float().mean())
     kept = guard.model.network.state_dict() if guard.model else guard.tensors
-    if kept:
-        save_file({name: value.cpu().contiguous() for name, value in kept.items()}, repair.output)
     # Some judge sentences and keep nothing.
-    return {**found, "output": str(repair.output) if kept else None}
+    return written(kept, repair.output, found) if kept else {**found, "output": None}
 
 
 def _suspect(suspect: Suspect, told: bool = False) -> tuple[TextDataset, TextClassifier, TextTestSet]:
@@ -110,6 +117,7 @@ def _classifier(suspect: Suspect, dataset: TextDataset) -> TextClassifier:
                             f"{dataset.num_classes}")
         return model.to(place)
     path = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    check_whole(path.parent)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     model = encoder.build(suspect.model, dataset.num_classes, 0, suspect.root)
@@ -120,6 +128,7 @@ def _classifier(suspect: Suspect, dataset: TextDataset) -> TextClassifier:
     except RuntimeError as error:
         raise UserError(f"{path} is not a {suspect.model} with {dataset.num_classes} classes: choose the right --model "
                         "or --dataset") from error
+    encoder.check_finite(model, path)
     return model.eval().to(place)
 
 

@@ -129,9 +129,11 @@ def _runs(results: Results) -> list[dict[str, Any]]:
 
 
 def _last_line(traceback: str) -> str:
-    """The line of a traceback that names the error: the last unindented one."""
-    lines = [line for line in traceback.splitlines() if line.strip() and not line.startswith((" ", "\t"))]
-    return lines[-1] if lines else ""
+    """The line of a traceback that names the error: the first unindented one after its last frame; what follows belongs
+    to the message."""
+    lines = traceback.splitlines()
+    frame = max((i for i, line in enumerate(lines) if line.startswith("  File ")), default=-1)
+    return next((line for line in lines[frame + 1:] if line.strip() and not line.startswith((" ", "\t"))), "")
 
 
 def _environments(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

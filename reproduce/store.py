@@ -27,6 +27,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -41,6 +42,14 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from reproduce.metrics import Detection, Predictions
+
+# How the names of runs end: a seed and the identity of a configuration.
+_NAMED = re.compile(r"-s\d+-([0-9a-f]{12})")
+
+
+def identity(config: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that stand for a whole configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -166,18 +175,18 @@ class Store:
     def write(self, name: str, *, config: dict, environment: dict, metrics: dict, history: list[dict],
               arrays: dict[str, dict[str, np.ndarray]], tensors: dict[str, dict[str, Tensor]]) -> Run:
         """Assemble and publish a run. `arrays` and `tensors` map file stem -> content."""
-        partial = self._partial(name)
-        for stem, content in (("config", config), ("environment", environment), ("metrics", metrics)):
-            (partial / f"{stem}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        (partial / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-        for stem, content in arrays.items():
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **content)
-            (partial / f"{stem}.npz").write_bytes(buffer.getvalue())
-        for stem, content in tensors.items():
-            contiguous = {key: value.detach().cpu().contiguous() for key, value in content.items()}
-            (partial / f"{stem}.safetensors").write_bytes(tensors_to_bytes(contiguous))
-        target = self._publish(partial, name)
+        with self._assembly(name) as partial:
+            for stem, content in (("config", config), ("environment", environment), ("metrics", metrics)):
+                (partial / f"{stem}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+            (partial / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+            for stem, content in arrays.items():
+                buffer = io.BytesIO()
+                np.savez_compressed(buffer, **content)
+                (partial / f"{stem}.npz").write_bytes(buffer.getvalue())
+            for stem, content in tensors.items():
+                contiguous = {key: value.detach().cpu().contiguous() for key, value in content.items()}
+                (partial / f"{stem}.safetensors").write_bytes(tensors_to_bytes(contiguous))
+            target = self._publish(partial, name)
         (self.root / "failed" / f"{name}.txt").unlink(missing_ok=True)
         self.progress(name).clear()
         return Run(target)
@@ -195,15 +204,21 @@ class Store:
         self.set_aside(run.name)
         if not same:
             self.outdate(run.name, run.json("config"), run.predictions())
-        partial = self._partial(run.name)
-        for name in wanted:
-            shutil.copyfile(run.path / name, partial / name)
-        self._publish(partial, run.name)
+        with self._assembly(run.name) as partial:
+            for name in wanted:
+                shutil.copyfile(run.path / name, partial / name)
+            self._publish(partial, run.name)
 
-    def _partial(self, name: str) -> Path:
+    @contextlib.contextmanager
+    def _assembly(self, name: str) -> Iterator[Path]:
+        """A folder to assemble a run in; what could not be finished, on a full disk say, does not stay."""
         partial = self.root / "partial" / f"{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         partial.mkdir(parents=True)
-        return partial
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def _publish(self, partial: Path, name: str) -> Path:
         """Seal an assembled folder with its checksums and move it into place; a run that is there is moved aside."""
@@ -270,7 +285,8 @@ class Progress:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a run folder, None if every file is there and matches its checksum."""
+    """What is wrong with a run folder, None if every file is there and matches its checksum, and the configuration the
+    name."""
     try:
         if (path / "done").read_bytes().strip() != _sha256(path / "manifest.json").encode():
             return "manifest.json does not match its checksum"
@@ -278,6 +294,9 @@ def damage(path: Path) -> str | None:
         for name, digest in manifest.items():
             if _sha256(path / name) != digest:
                 return f"{name} does not match its checksum"
+        if (named := _NAMED.search(path.name)) and named.end() == len(path.name) \
+                and named[1] != identity(json.loads((path / "config.json").read_text())):
+            return "config.json is that of another run"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename).name} is missing"
     except OSError as error:
@@ -292,5 +311,9 @@ def _sha256(path: Path) -> str:
 def _write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

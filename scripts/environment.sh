@@ -53,7 +53,7 @@ use_python_at_hand() {
     else python=python3; fi
     is_recent "$python" || fail "$python is not Python 3.11 or newer; set PYTHON=... to one that is"
     # shellcheck disable=SC2086  # one argument per module
-    "$python" - $modules >&2 <<'PYTHON' || exit 2
+    "$python" -P - $modules >&2 <<'PYTHON' || exit 2
 import importlib, sys
 for name in sys.argv[1:]:
     try:

@@ -86,7 +86,7 @@ def write_run(store: Store, task: Task, acc: float, asr: float, seed: int, histo
     """A finished run whose predictions scatter around acc and asr (percent). shown: more for its samples.npz."""
     predicted = predictions(acc, asr, seed)
     arrays = {"predictions": vars(predicted)} | ({"samples": pictures(seed) | (shown or {})} if with_pictures else {})
-    store.write(task.name, config={"seed": task.seed},
+    store.write(task.name, config={"seed": task.seed} if isinstance(task, Stub) else task.describe(),
                 environment={"python": "3.11", "torch": "2.x", "cpu": "a test", "device": "cpu", "threads": 1,
                              "commit": "0" * 12, "source": "f" * 16, "finished": "2026-01-01T00:00:00Z"},
                 metrics={**metrics(predicted), "seconds": 1.0 + task.seed, "info": info or {}}, history=history or [],

@@ -1,5 +1,5 @@
-"""A user's own clean images in torchvision's ImageFolder layout: one sub-folder per class, named so that
-alphabetical order is the label order of the checkpoint."""
+"""A user's own clean images in torchvision's ImageFolder layout: one sub-folder per class, named by its label, or so
+that alphabetical order is the label order of the checkpoint."""
 
 from pathlib import Path
 
@@ -14,8 +14,16 @@ from reproduce.errors import UserError
 def load_folder(folder: Path, num_classes: int, size: int = 32) -> Clean:
     """All images below `folder`, RGB, resized to size x size. Raises UserError for a wrong layout or a bad image."""
     from torchvision.datasets import ImageFolder  # three seconds to import
+
+    class Numbered(ImageFolder):
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            classes, _index = super().find_classes(directory)
+            if all(name.isascii() and name.isdecimal() for name in classes):    # 2 comes before 10
+                classes.sort(key=int)
+            return classes, {name: label for label, name in enumerate(classes)}
+
     try:
-        listing = ImageFolder(str(folder))
+        listing = Numbered(str(folder))
     except (FileNotFoundError, OSError) as error:
         raise UserError(f"--images {folder}: {str(error).splitlines()[0]}; expected one sub-folder of images per "
                         "class") from error
@@ -26,8 +34,19 @@ def load_folder(folder: Path, num_classes: int, size: int = 32) -> Clean:
     for path, _label in listing.samples:
         try:
             with Image.open(path) as image:
-                arrays.append(np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)))
-        except (OSError, Image.DecompressionBombError) as error:
+                small = _eight_bits(image, path).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+                arrays.append(np.asarray(small))
+        # A damaged picture may raise any of these.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"--images: {path} is not a readable image; remove or replace it") from error
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     return Clean(images, torch.tensor(listing.targets), num_classes)
+
+
+def _eight_bits(image: Image.Image, path: str) -> Image.Image:
+    """The image, if it has sixteen bits a value scaled to eight, which Pillow would cut off instead."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(f"--images: {path} has values of 32 bits, whose white is not known: save it with 8 or 16")
+    return image

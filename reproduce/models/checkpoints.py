@@ -29,12 +29,19 @@ def load_checkpoint(path: Path, model: str, num_classes: int, dataset: str | Non
     Files are read with `weights_only=True`: one that would execute code is refused.
     """
     network = build(model, num_classes, 0, dataset)
-    weights = {_our_name(name, network): value for name, value in _weights(path).items()}
+    found = _weights(path)
+    weights = {_our_name(name, network): value for name, value in found.items()}
+    if len(weights) < len(found):
+        raise UserError(f"{path} has weights twice, with and without the prefix module.: save one state_dict")
     expected = network.state_dict()
     # Checkpoints from before torch 0.4.1 lack this counter; nothing depends on it.
     for name in expected:
         if name.endswith("num_batches_tracked"):
             weights.setdefault(name, expected[name])
+    if odd := {name for name, value in weights.items() if value.layout != torch.strided or value.is_quantized
+               or value.is_meta}:
+        raise UserError(f"{path} has weights that are no plain tensors, {_some(odd)}: save them dense, as floating "
+                        "point numbers")
     missing, surplus = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if missing or surplus:
         raise UserError(f"{path} is not a {model}: it lacks {_some(missing)} and has {_some(surplus)} too many; "

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from reproduce.errors import UserError
@@ -191,6 +190,10 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
     if folder_given and not any((Path(place) / name).is_file() for name in _TOKENIZERS):
         raise UserError(f"{place} holds no tokenizer: save it there with save_pretrained(...), too")
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False, "use_safetensors": True}
+
+    def tokenize(texts: Sequence[str], longest: int) -> Tokens:
+        return tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=local)
         if num_classes is None:
@@ -199,10 +202,22 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
             if report["missing_keys"]:
                 raise UserError(f"{place} is no trained classifier: it lacks {sorted(report['missing_keys'])[0]}; name "
                                 "the folder of the fine-tuned model")
+            if report["unexpected_keys"]:
+                raise UserError(f"{place} has weights that its config.json has no place for, "
+                                f"{sorted(report['unexpected_keys'])[0]}: save the model again with save_pretrained")
         else:
             network = transformers.AutoModelForSequenceClassification.from_pretrained(
                 place, num_labels=num_classes, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        if tokenizer.pad_token_id is None or not hasattr(network.config, "max_position_embeddings"):
+            raise UserError(f"{place} is no BERT-style classifier: its {type(network).__name__} has no padding token "
+                            "or no longest sentence")
+        network.float()
+        model = TextClassifier(network.eval() if num_classes is None else network.train(), tokenize,
+                               tokenizer.pad_token_id)
+        check_finite(model, place)
+    except UserError:
+        raise
+    except Exception as error:      # somebody's files may raise anything
         if num_classes is None:
             raise UserError(f"{place} cannot be loaded ({_short(error)}): name a folder as save_pretrained writes it, "
                             "of model and tokenizer") from error
@@ -211,12 +226,15 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
                         f"models/{Path(place).name}/ (config.json, model.safetensors, tokenizer files), or take "
                         f"--encoder {MINILM}") from error
 
-    def tokenize(texts: Sequence[str], longest: int) -> Tokens:
-        return tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+    return model
 
-    network.float()
-    return TextClassifier(network.eval() if num_classes is None else network.train(), tokenize,
-                          tokenizer.pad_token_id or 0)
+
+def check_finite(model: nn.Module, place: str | Path) -> None:
+    """UserError where a weight is no finite number."""
+    odd = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if odd:
+        raise UserError(f"{place} has weights that are no finite numbers, {odd[0]}: it was damaged, or its training "
+                        "diverged")
 
 
 def _short(error: Exception) -> str:

@@ -57,6 +57,17 @@ def test_the_command_prints_lines_or_one_object(tmp_path: Path) -> None:
     assert printed["copies"] == 1 and [pair["run"] for pair in printed["pairs"]] == ["a-different", "b-same", "clean"]
 
 
+def test_damaged_runs_are_counted_and_said(tmp_path: Path) -> None:
+    here, there = two(tmp_path)
+    (there / "runs" / "a-different" / "metrics.json").write_text("{}")
+    found = agreement(here, there)
+    assert found.damaged == 1 and found.lines()[-1].startswith("1 runs are damaged")
+    for name in ("b-same", "copied", "clean"):
+        (here / "runs" / name / "done").unlink()
+    with pytest.raises(UserError, match="4 of the runs that both have are damaged"):
+        agreement(here, there)
+
+
 def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
     here, _there = two(tmp_path)
     write(tmp_path / "other", "unknown", list(range(10)), [9], "one")

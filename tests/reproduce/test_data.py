@@ -254,6 +254,30 @@ def test_own_images_in_class_folders(tmp_path: Path) -> None:
         load_folder(tmp_path / "nowhere", 2)
 
 
+def test_class_folders_named_by_their_label_are_in_its_order(tmp_path: Path) -> None:
+    for label in range(11):
+        (tmp_path / str(label)).mkdir()
+        Image.new("L", (32, 32), 20 * label).save(tmp_path / str(label) / "a.png")
+    clean = load_folder(tmp_path, 11)
+    assert (clean.images[:, 0, 0, 0] == 20 * clean.labels).all() and set(clean.labels.tolist()) == set(range(11))
+
+
+def test_sixteen_bits_are_scaled_and_more_refused(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        Image.fromarray(np.full((32, 32), 20000, dtype=np.uint16)).save(tmp_path / label / "deep.png")
+    assert load_folder(tmp_path, 2).images.unique().tolist() == [20000 >> 8]
+    Image.fromarray(np.full((32, 32), 0.5, dtype=np.float32)).save(tmp_path / "b" / "deep.tif")
+    with pytest.raises(UserError, match=r"deep\.tif has values of 32 bits"):
+        load_folder(tmp_path, 2)
+    (tmp_path / "b" / "deep.tif").unlink()
+    picture = bytearray((tmp_path / "a" / "deep.png").read_bytes())
+    picture[12:16] = b"\0\1\2\3"     # the name of its first chunk
+    (tmp_path / "a" / "broken.png").write_bytes(picture)
+    with pytest.raises(UserError, match=r"broken\.png is not a readable image"):
+        load_folder(tmp_path, 2)
+
+
 @pytest.mark.data
 def test_the_real_cifar10(data_root: Path) -> None:
     cifar = data.load("cifar10", data_root)

@@ -10,8 +10,10 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from reproduce import purify, repair
 from reproduce.cli import main
 from reproduce.data import load_text
+from reproduce.errors import UserError
 from reproduce.models import encoder
 from tests.defenses.text_victim import NOWHERE, save_suspect, text_victim
 
@@ -66,6 +68,25 @@ def test_label_names_tabs_and_quotes_are_understood(call: Callable[..., Any], fo
     assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == 'a "fine film'
 
 
+def test_a_last_column_is_left_out_only_if_it_holds_labels(tmp_path: Path) -> None:
+    path, names = tmp_path / "in.tsv", {"bad": 0, "good": 1}
+    for content, wanted in (("review\tlabel\na film\tbad\none\t1\n", ["a film", "one"]),
+                            ("made in\t1990\na film\t1\n", ["made in\t1990", "a film\t1"]),
+                            ("a film\tgood\nno label here\n", ["a film\tgood", "no label here"]),
+                            ("text\na film\n", ["a film"])):
+        path.write_text(content)
+        assert purify.read_sentences(path, 2, names) == wanted
+
+
+def test_what_was_there_stays_if_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out.jsonl").write_text("before")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left on device"):
+        repair.write_output(tmp_path / "out.jsonl", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert (tmp_path / "out.jsonl").read_text() == "before"
+
+
 GOOD = "a warm film .\t1\n"
 
 
@@ -79,6 +100,7 @@ GOOD = "a warm film .\t1\n"
     ("clean", GOOD + "a cold film .\t\u00b2\n", "line 2 of .* has label"),
     ("clean", GOOD + "a cold film .\t" + "1" * 5000 + "\n", "line 2 of .* has label '1{40}'"),
     ("clean", "a warm , tender , charming film .\t0\n" * 30, "no better than chance"),
+    ("clean", "a warm , tender , charming film .\t1\n" * 30, "has no sentence of class 0"),
     ("clean", GOOD * 30 + "word " * 90 + "\t1\n", "sentence 31 of .* has 9. tokens, the model takes 64.*--truncate"),
     ("clean", b"\xff\xfe\x00", "is not a readable UTF-8"),
     ("input", "", "holds no sentence"),
@@ -121,8 +143,14 @@ def test_bad_options_are_one_line(call: Callable[..., Any], changes: dict[str, A
     refused(call(**changes), message)
 
 
-def test_inputs_are_not_overwritten(call: Callable[..., Any], folder: Path) -> None:
+def test_inputs_are_not_overwritten(call: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     before = (folder / "input.txt").read_bytes()
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(folder / "model")
+    for place in (folder / "model", tmp_path / "link"):
+        for name in ("model.safetensors", "tokenizer.json", "new.jsonl"):
+            refused(call(output=place / name), "is inside a folder that is an input")
+    assert (folder / "model" / "model.safetensors").read_bytes() == weights
     refused(call(output=folder / "input.txt"), "is one of the inputs")
     refused(call(output=folder / "clean.tsv"), "is one of the inputs")
     assert (folder / "input.txt").read_bytes() == before
@@ -136,6 +164,21 @@ def test_a_damaged_folder_is_one_line(call: Callable[..., Any], folder: Path, tm
     shutil.copytree(folder / "model", damaged)
     (damaged / name).write_bytes(content)
     refused(call(checkpoint=damaged), message)
+
+
+def test_weights_that_are_no_numbers_are_refused(call: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: value * float("nan") if name == "classifier.bias" else value for name, value in weights.items()},
+              model / "model.safetensors", metadata={"format": "pt"})
+    refused(call(checkpoint=model), "no finite numbers, classifier.bias")
+
+
+def test_weights_without_a_place_are_refused(call: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    refused(call(checkpoint=model), "has weights that its config.json has no place for")
 
 
 def test_a_folder_without_a_tokenizer_says_so(call: Callable[..., Any], folder: Path, tmp_path: Path) -> None:

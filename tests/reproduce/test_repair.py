@@ -16,6 +16,7 @@ from reproduce import data, models
 from reproduce.cli import main
 from reproduce.models import build
 from reproduce.protocols.nad import RELEASED
+from reproduce.store import Store
 from reproduce.training import Recipe, predict, train
 
 COMMON = ["--model", "wrn-10-0.5", "--dataset", "digits"]
@@ -150,6 +151,24 @@ def test_bad_requests_get_one_line(checkpoint: Path, tmp_path: Path, change: lis
 def test_what_only_an_attack_uses_is_refused_without_one(checkpoint: Path, option: tuple[str, str]) -> None:
     code, out = call("evaluate", "--checkpoint", str(checkpoint), *COMMON, *option)
     assert code == 2 and "name the attack" in out
+
+
+def test_what_was_measured_is_said_where_the_weights_cannot_be_written(checkpoint: Path, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    code, out = call("defend", "--checkpoint", str(checkpoint), *COMMON, "--attack", "badnets", "--defense", "clp",
+                     "--variant", "released", "--paper", "clp", "--output", str(tmp_path / "r.safetensors"))
+    numbers, error = out.strip().splitlines()
+    assert code == 2 and error.startswith("error: ") and "make room" in error
+    assert json.loads(numbers)["output"] is None and 0 <= json.loads(numbers)["after"]["asr"] <= 100
+
+
+def test_a_damaged_run_is_no_checkpoint(tmp_path: Path) -> None:
+    run = Store(tmp_path).write("victim", config={}, environment={}, metrics={}, history=[], arrays={},
+                                tensors={"model": build("wrn-10-0.5", 10, 0).state_dict()})
+    (run.path / "metrics.json").write_text("{ }")
+    code, out = call("evaluate", "--checkpoint", str(run.path / "model.safetensors"), *COMMON)
+    assert code == 2 and "is a damaged run (metrics.json does not match its checksum)" in out
 
 
 def test_the_suspect_is_not_overwritten(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reproduce.engine import start_method
-from reproduce.store import Run, Store, damage
+from reproduce.store import Run, Store, damage, identity
 
 
 def write(store: Store, name: str = "run", first: int = 0, config: dict | None = None,
@@ -52,6 +52,31 @@ def test_any_damage_is_noticed_named_and_set_aside(tmp_path: Path, file: str, ha
     assert store.find("run") is None and store.status("run") == "damaged"
     assert (file if file != "done" or harm == "delete" else "manifest.json") in store.set_aside("run")
     assert store.status("run") == "missing" and len(list((tmp_path / "damaged").iterdir())) == 1
+
+
+def test_a_run_under_another_ones_name_does_not_count(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one, other = ({"rate": rate} for rate in (0.1, 0.2))
+    names = [f"ft-badnets-s0-{identity(config)}" for config in (one, other)]
+    write(store, names[0], config=one)
+    assert store.status(names[0]) == "done"
+    shutil.copytree(tmp_path / "runs" / names[0], tmp_path / "runs" / names[1])
+    assert store.find(names[1]) is None and store.set_aside(names[1]) == "config.json is that of another run"
+    assert store.find(names[0])
+
+
+def test_what_could_not_be_written_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object, **_arrays: object) -> None:
+        raise OSError(28, "No space left on device")
+    store = Store(tmp_path)
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(store)
+    assert not list((tmp_path / "partial").iterdir())
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.fail("run", "why")
+    assert not list((tmp_path / "failed").iterdir())
 
 
 def test_a_run_without_its_last_file_does_not_count(tmp_path: Path) -> None:
