@@ -128,7 +128,7 @@ def _classifier(suspect: Suspect, dataset: TextDataset) -> TextClassifier:
     except RuntimeError as error:
         raise UserError(f"{path} is not a {suspect.model} with {dataset.num_classes} classes: choose the right --model "
                         "or --dataset") from error
-    encoder.check_finite(model, path)
+    encoder.check_finite(model.network, path)
     return model.eval().to(place)
 
 

@@ -214,7 +214,7 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
         network.float()
         model = TextClassifier(network.eval() if num_classes is None else network.train(), tokenize,
                                tokenizer.pad_token_id)
-        check_finite(model, place)
+        check_finite(network, place)
     except UserError:
         raise
     except Exception as error:      # somebody's files may raise anything

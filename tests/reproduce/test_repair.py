@@ -156,8 +156,8 @@ def test_what_only_an_attack_uses_is_refused_without_one(checkpoint: Path, optio
 def test_what_was_measured_is_said_where_the_weights_cannot_be_written(checkpoint: Path, tmp_path: Path,
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    code, out = call("defend", "--checkpoint", str(checkpoint), *COMMON, "--attack", "badnets", "--defense", "clp",
-                     "--variant", "released", "--paper", "clp", "--output", str(tmp_path / "r.safetensors"))
+    code, out = call("defend", "--checkpoint", str(checkpoint), *COMMON, *ATTACK, "--defense", "clp",
+                     "--output", str(tmp_path / "r.safetensors"))
     numbers, error = out.strip().splitlines()
     assert code == 2 and error.startswith("error: ") and "make room" in error
     assert json.loads(numbers)["output"] is None and 0 <= json.loads(numbers)["after"]["asr"] <= 100
