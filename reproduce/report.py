@@ -118,7 +118,7 @@ def _runs(results: Results) -> list[dict[str, Any]]:
         if status == "missing" and lost:
             status, error = "failed", f"needs {lost[0]}, which failed"
         else:
-            error = _last_line(results.store.failure(task.name) or "") if status == "failed" else ""
+            error = _error_line(results.store.failure(task.name) or "") if status == "failed" else ""
         found[task.name] = {"name": task.name, "status": status, "items": [], "error": error,
                             "seconds": run.json("metrics")["seconds"] if run else None,
                             "environment": run.json("environment") if run else {}}
@@ -128,7 +128,7 @@ def _runs(results: Results) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _last_line(traceback: str) -> str:
+def _error_line(traceback: str) -> str:
     """The line of a traceback that names the error: the first unindented one after its last frame; what follows belongs
     to the message."""
     lines = traceback.splitlines()

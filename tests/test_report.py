@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reproduce import cli
+from reproduce import cli, report
 from reproduce.protocols import PROFILES
 from reproduce.protocols import entries as protocol_entries
 from reproduce.report import ReportSummary, write_report
@@ -81,6 +81,12 @@ def test_a_failed_run_that_others_need_is_shown_with_what_it_took_along(tmp_path
     assert summary.failed == len({entry.task.name for entry in entries}) + 1 and summary.missing == 0
     page = summary.page.read_text()
     assert "RuntimeError: no memory" in page and f"needs {clean.name}, which failed" in page
+
+
+def test_an_error_is_named_by_the_first_line_of_its_message() -> None:
+    traceback = ("Traceback (most recent call last):\n  File \"a.py\", line 1, in f\n    g()\n  File \"b.py\", line 2, "
+                 "in g\n    raise RuntimeError\nRuntimeError: out of memory\nCompile with `TORCH_USE_CUDA_DSA`\n\n")
+    assert report._error_line(traceback) == "RuntimeError: out of memory" and report._error_line("") == ""
 
 
 def test_files_are_written(summary: ReportSummary) -> None:
