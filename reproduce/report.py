@@ -132,7 +132,7 @@ def _error_line(traceback: str) -> str:
     """The line of a traceback that names the error: the first unindented one after its last frame; what follows belongs
     to the message."""
     lines = traceback.splitlines()
-    frame = max((i for i, line in enumerate(lines) if line.startswith("  File ")), default=-1)
+    frame = max((i for i, line in enumerate(lines) if line.startswith(("  File ", "Traceback"))), default=-1)
     return next((line for line in lines[frame + 1:] if line.strip() and not line.startswith((" ", "\t"))), "")
 
 
