@@ -30,7 +30,7 @@ class Agreement:
 
     def lines(self) -> list[str]:
         """For people: a line per run, then one about them all."""
-        broken = [f"{self.damaged} runs are damaged in one folder or in both, and left out"] if self.damaged else []
+        broken = [f"damaged in one folder or in both, and left out: {self.damaged}"] if self.damaged else []
         if not self.pairs:
             return [f"no run was computed twice; {self.copies} are copies of one another", *broken]
         width = max(len(pair.run) for pair in self.pairs)

@@ -115,18 +115,24 @@ def written(weights: dict[str, Tensor], path: Path, found: dict[str, Any]) -> di
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """All of it or, if there is no room, what was there before; UserError then."""
-    target = path.resolve()
-    special = target.exists() and not target.is_file()      # /dev/stdout, say
-    partial = target if special else target.with_name(f"{target.name}.{os.getpid()}.partial")
+    """All of it or, if there is no room, what was there before; UserError then. Links and devices are written through.
+    """
+    partial = _written_first(path)
     try:
         partial.write_bytes(content)
-        partial.replace(target)
+        if partial != path:
+            partial.replace(path)
     except OSError as error:
-        if partial != target:
+        if partial != path:
             partial.unlink(missing_ok=True)
         raise UserError(f"--output {path} cannot be written ({error.strerror}): make room there, or name another "
                         "file") from error
+
+
+def _written_first(path: Path) -> Path:
+    """Where an output is written before it gets its name."""
+    through = path.is_symlink() or (path.exists() and not path.is_file())       # /dev/stdout is both, for one
+    return path if through else path.with_name(f".{os.getpid()}.partial")
 
 
 def check_used(suspect: Suspect, told: bool = False) -> None:
@@ -167,8 +173,12 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
         if any(given.is_dir() and path.resolve().is_relative_to(given.resolve()) for given in inputs):
             raise UserError(f"--output {path} is inside a folder that is an input: name a file elsewhere")
         path.open("ab").close()
+        partial = _written_first(path)
+        partial.open("ab").close()
     except OSError as error:
         raise UserError(f"--output {path} cannot be written ({error.strerror}): name another file") from error
+    if partial != path:
+        partial.unlink()
     if not there:
         path.resolve().unlink()
 

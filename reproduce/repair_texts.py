@@ -15,6 +15,7 @@ from reproduce.defending import clean_texts, defense_module
 from reproduce.errors import UserError
 from reproduce.metrics import metrics
 from reproduce.models import encoder
+from reproduce.models.checkpoints import check_finite
 from reproduce.models.encoder import TextClassifier
 from reproduce.plugins import settings_of
 from reproduce.poisoning import attack_module
@@ -128,7 +129,7 @@ def _classifier(suspect: Suspect, dataset: TextDataset) -> TextClassifier:
     except RuntimeError as error:
         raise UserError(f"{path} is not a {suspect.model} with {dataset.num_classes} classes: choose the right --model "
                         "or --dataset") from error
-    encoder.check_finite(model.network, path)
+    check_finite(model.network.state_dict(), path)
     return model.eval().to(place)
 
 

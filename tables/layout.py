@@ -292,8 +292,7 @@ def table(name: str, title: str, caption: str, frame: pd.DataFrame, data: pd.Dat
 
 def legend(measures: Collection[str]) -> str:
     """How to read the cells of these measures."""
-    said = f"{SPREAD} {MARKS}"
-    return f"{said} {WITHOUT_TEST}" if set(measures) & set(AREAS) else said
+    return " ".join([SPREAD, MARKS, *([WITHOUT_TEST] if set(measures) & set(AREAS) else [])])
 
 
 def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name: str, title: str, caption: str,
@@ -388,11 +387,11 @@ def defense_grid(results: Results, frame: pd.DataFrame, measure: str, *, name: s
     keys = ["attack", "defense"]
     data = mark(results, frame, estimates(frame, keys, [measure]), keys, ["attack"])
     weak = not_taken(frame)
-    begun = data.groupby("attack", sort=False).n.max()
-    to_run = begun.index[begun == 0].to_list()
-    absent = f" Not run yet: {', '.join(to_run)}." if to_run else ""
+    finished = data[data.n > 0].attack.unique()
+    empty = [attack for attack in data.attack.unique() if len(finished) and attack not in finished]
+    absent = f" Without a finished run: {', '.join(empty)}." if empty else ""
     rows = []
-    for defense, part in data[~data.attack.isin(to_run)].groupby("defense", sort=False):
+    for defense, part in data[~data.attack.isin(empty)].groupby("defense", sort=False):
         cells = {f"{row.attack} †" if row.attack in weak else row.attack: printed(row, 1) for row in part.iloc}
         rows.append({"Defense": defense, **cells, "n": Value(counts(part.n.to_list()))})
     return table(name, f"{title}: {heading(measure)}", f"{caption}{absent}{footnotes(data, weak)}",

@@ -21,6 +21,14 @@ def _gpu(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written under another name first never gets its own."""
+    def replace(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "replace", replace)
+
+
+@pytest.fixture
 def data_root(request: pytest.FixtureRequest) -> Path:
     """The folder with the real data sets, for tests marked `data`; skips where there is none."""
     assert request.node.get_closest_marker("data"), "mark tests that use data_root with @pytest.mark.data"

@@ -51,12 +51,17 @@ def load_checkpoint(path: Path, model: str, num_classes: int, dataset: str | Non
         name = wrong[0]
         raise UserError(f"{path} is not a {model} with {num_classes} classes: {name} is {tuple(weights[name].shape)}, "
                         f"expected {tuple(expected[name].shape)}; choose the right --model or --dataset")
-    odd = {name for name, value in weights.items() if value.is_complex() or not torch.isfinite(value).all()}
-    if odd:
-        raise UserError(f"{path} has weights that are no finite numbers, {_some(odd)}: it was damaged, or its training "
-                        "diverged")
+    check_finite(weights, path)
     network.load_state_dict(weights)
     return network.eval()
+
+
+def check_finite(weights: dict[str, Tensor], place: str | Path) -> None:
+    """UserError where a weight is no finite real number."""
+    odd = {name for name, value in weights.items() if value.is_complex() or not torch.isfinite(value).all()}
+    if odd:
+        raise UserError(f"{place} has weights that are no finite numbers, {_some(odd)}: it was damaged, or its "
+                        "training diverged")
 
 
 def _our_name(name: str, network: nn.Module) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reproduce.errors import UserError
+from reproduce.models.checkpoints import check_finite
 from reproduce.models.hub import hub_answers
 from reproduce.models.linear import fast_linear
 from reproduce.rng import derive
@@ -214,7 +215,7 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
         network.float()
         model = TextClassifier(network.eval() if num_classes is None else network.train(), tokenize,
                                tokenizer.pad_token_id)
-        check_finite(network, place)
+        check_finite(network.state_dict(), place)
     except UserError:
         raise
     except Exception as error:      # somebody's files may raise anything
@@ -227,14 +228,6 @@ def load_pretrained(place: str, num_classes: int | None = None) -> TextClassifie
                         f"--encoder {MINILM}") from error
 
     return model
-
-
-def check_finite(model: nn.Module, place: str | Path) -> None:
-    """UserError where a weight is no finite number."""
-    odd = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    if odd:
-        raise UserError(f"{place} has weights that are no finite numbers, {odd[0]}: it was damaged, or its training "
-                        "diverged")
 
 
 def _short(error: Exception) -> str:

@@ -61,7 +61,7 @@ def test_damaged_runs_are_counted_and_said(tmp_path: Path) -> None:
     here, there = two(tmp_path)
     (there / "runs" / "a-different" / "metrics.json").write_text("{}")
     found = agreement(here, there)
-    assert found.damaged == 1 and found.lines()[-1].startswith("1 runs are damaged")
+    assert found.damaged == 1 and found.lines()[-1].endswith("left out: 1")
     for name in ("b-same", "copied", "clean"):
         (here / "runs" / name / "done").unlink()
     with pytest.raises(UserError, match="4 of the runs that both have are damaged"):

@@ -78,13 +78,25 @@ def test_a_last_column_is_left_out_only_if_it_holds_labels(tmp_path: Path) -> No
         assert purify.read_sentences(path, 2, names) == wanted
 
 
-def test_what_was_there_stays_if_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_room")
+def test_what_was_there_stays_if_there_is_no_room(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("before")
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left on device"):
         repair.write_output(tmp_path / "out.jsonl", b"after")
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     assert (tmp_path / "out.jsonl").read_text() == "before"
+
+
+def test_links_and_devices_are_written_through(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    repair.check_output(tmp_path / "link", [])
+    repair.write_output(tmp_path / "link", b"all")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"all"
+    repair.check_output(Path("/dev/null"), [])
+    repair.write_output(Path("/dev/null"), b"all")
+    with pytest.raises(UserError, match="No space left on device"):
+        repair.write_output(Path("/dev/full"), b"all")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 GOOD = "a warm film .\t1\n"

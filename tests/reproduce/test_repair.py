@@ -153,9 +153,8 @@ def test_what_only_an_attack_uses_is_refused_without_one(checkpoint: Path, optio
     assert code == 2 and "name the attack" in out
 
 
-def test_what_was_measured_is_said_where_the_weights_cannot_be_written(checkpoint: Path, tmp_path: Path,
-                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+@pytest.mark.usefixtures("no_room")
+def test_what_was_measured_is_said_where_the_weights_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
     code, out = call("defend", "--checkpoint", str(checkpoint), *COMMON, *ATTACK, "--defense", "clp",
                      "--output", str(tmp_path / "r.safetensors"))
     numbers, error = out.strip().splitlines()
