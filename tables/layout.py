@@ -223,7 +223,7 @@ def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequen
     broken = (data.measure == "asr") & np.array([group in lost for group in of_rows], dtype=bool)
     data.loc[broken, "mark"] = WRECKED
     undefended = np.array([group in victims for group in of_rows], dtype=bool)
-    compared = data[(data.n > 1) & data.measure.isin([*COUNT, *AREAS]) & ~broken & ~undefended]
+    compared = data[(data.n > 0) & data.measure.isin([*COUNT, *AREAS]) & ~broken & ~undefended]
     for _group, candidates in compared.groupby([*within, "measure"], sort=False):
         candidates = candidates[candidates.n == candidates.n.max()]
         if len(candidates) < 2:
@@ -233,7 +233,8 @@ def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequen
         others = [i for i in candidates.index if i != best]
         rows = {i: groups[tuple(data.loc[i, list(keys)])] for i in candidates.index}
         adjusted = holm([paired_t([pair.difference for pair in pairs(rows[i], rows[best], measure)]).p for i in others])
-        # A best one marked alone would seem to be significantly better than those that share no two seeds with it.
+        # A best one marked alone would seem to be significantly better than those that share no two seeds with it, and
+        # of one seed nothing is known.
         if any(map(math.isnan, adjusted)):
             continue
         data.loc[best, "mark"] = BEST
