@@ -69,13 +69,13 @@ def test_driver_commands_are_understood(command: str, tmp_path: Path) -> None:
     assert ("--profile" if "--help" in command else "runs, seeds") in done.stdout
 
 
-def test_the_first_command_on_a_few_runs_of_every_paper(tmp_path: Path) -> None:
-    done = run("./run_all.sh", tmp_path, "--profile", "quick", "--seeds", "1", "--item", "clean-fraction",
-               "--item", "deviations", "--results", str(tmp_path / "results"))
+def test_the_first_command_on_a_few_runs(tmp_path: Path) -> None:
+    """Of images and of sentences."""
+    done = run("./run_all.sh", tmp_path, "--profile", "quick", "--seeds", "1", "--item", "beta", "--item", "deviations",
+               "--results", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "results" / "report.html").read_text()
-    assert all(f"{paper}-clean-fraction" in page for paper in ("nad", "argd", "mcldef", "fmp"))
-    assert "badacts-deviations" in page
+    assert "nad-beta" in page and "badacts-deviations" in page
 
 
 @pytest.mark.slow
