@@ -21,6 +21,9 @@ not part of this project:
                  data root; resized as there. A run knows it by its name, not by its content
 Departure: there the weighted pattern is in single precision, which makes one pair of pixel values in 26 one grey level
 darker.
+
+("mcldef", "released") is what MCLDef's code calls Blend (Zhihao151/MCL@1ce3f44 data_loader.py:515-532):
+    grid         no picture over the image, but nine pixels of it: a grid blended in where ARGD's code pastes its own
 """
 
 from dataclasses import dataclass, field
@@ -31,6 +34,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from attacks.badnets import CENTRE, CENTRE_GRID
 from reproduce.poisoning import Context, Poisoned, poison_with_trigger
 from reproduce.rng import derive, generator
 
@@ -55,6 +59,8 @@ SETTINGS = {
     # BackdoorBench config/attack/blended/cifar10.yaml@6135839: target, rate, ratio and picture
     ("fmp", "described"): Config(noise="drawing", target=0),
     ("fmp", "released"): Config(noise="file", target=0, picture="hello_kitty.jpeg"),
+    # MCL data_loader.py@1ce3f44:515-532, the numbers of ARGD's grid; config.py:38-44: NAD's target and rate
+    ("mcldef", "released"): Config(noise="grid"),
 }
 
 
@@ -63,9 +69,9 @@ def requires(config: Config) -> frozenset[str]:
 
 
 def prepare(config: Config, context: Context) -> dict[str, Tensor]:
-    """fresh-grey: {}; else {"pattern": uint8 (3, H, W)}, for fixed-rgb uniform in 0..255."""
+    """fresh-grey, grid: {}; else {"pattern": uint8 (3, H, W)}, for fixed-rgb uniform in 0..255."""
     height, width = context.images.shape[2:]
-    if config.noise == "fresh-grey":
+    if config.noise in ("fresh-grey", "grid"):
         return {}
     if config.noise == "drawing":
         return {"pattern": drawing(height, width)}
@@ -127,6 +133,12 @@ def mix(images: Tensor, overlay: Tensor, ratio: float) -> Tensor:
 
 def apply(images: Tensor, config: Config, state: dict[str, Tensor], seed: int, split: str) -> Tensor:
     """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W)."""
+    if config.noise == "grid":
+        grid = torch.tensor(CENTRE_GRID, dtype=torch.uint8)[None, None]
+        box = (..., slice(CENTRE, CENTRE + grid.shape[2]), slice(CENTRE, CENTRE + grid.shape[3]))
+        result = images.clone()
+        result[box] = mix(images[box], grid, config.ratio)
+        return result
     if config.noise == "fresh-grey":
         noise = grey_noise(images, np.random.RandomState(derive(seed, "blend-noise", split) % 2**32))
     else:

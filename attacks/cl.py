@@ -26,6 +26,9 @@ its share from all classes and keeps the target's part; we take exactly that sha
 out of the target class (huangd1999/BackdoorBench@6135839; its commit c2d79e6 breaks this, see attacks/sig.py). Its
 images come ready-made and were not at hand; the script that makes them in the later SCLBD/BackdoorBench@f02e353 has
 hkunzhe's constants and network, and the authors' four corners at full contrast.
+
+("mcldef", "released") is "cleanLabel" of MCLDef's code (Zhihao151/MCL@1ce3f44 data_loader.py:304-338): NAD's grid on
+every image of the target class, none of them perturbed. Its README points to hkunzhe's for the perturbed ones.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.badnets import CENTRE, CENTRE_GRID, stamp
+from attacks.badnets import CENTRE, CENTRE_GRID, GRID, stamp
 from reproduce.poisoning import Context, Poisoned, poison_with_trigger
 
 TRAINING_ONLY = True  # the state is the perturbed training images, which `apply` does not read
@@ -74,6 +77,10 @@ SETTINGS = {
     # BackdoorBench config/attack/lc/cifar10.yaml@6135839; epsilon, step and steps: SCLBD's
     # resource/label-consistent/craft_adv_dataset.py@f02e353:716-719; patches: its utils/bd_img_transform/lc.py
     ("fmp", "described"): Config(target=0, rate=0.1, sources="target"),
+    ("mcldef", "released"): Config(
+        rate=1.0,  # MCL data_loader.py@1ce3f44:310: 10 * portion, with the portion 0.1 of config.py:38
+        epsilon=0.0,  # MCL data_loader.py@1ce3f44:304-338
+        patches=((GRID, -3, -3),)),  # MCL config.py@1ce3f44:42, data_loader.py:385-400
 }
 
 

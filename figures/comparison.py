@@ -146,7 +146,7 @@ def gallery(results: Results, study: Study, item: str) -> Figure | None:
         return figure
 
     note = " CL also changes the training images it poisons; shown is what the test images get." \
-        if any(example.attack == "CL" for example in shown) else ""
+        if item == "main" and any(example.attack == "CL" for example in shown) else ""
     title = f"{study.name}: the triggers" + (" of the released code" if item == "main-released" else "")
     return Figure("triggers" + ("-released" if item == "main-released" else ""), title,
                   f"A clean test image, the same with the trigger, and their difference × {AMPLIFIED} around mid-grey."

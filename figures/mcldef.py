@@ -32,7 +32,8 @@ PROJECTED = (BEFORE, "FT", METHOD)
 def figures(results: Results, smoke: bool = False) -> list[Figure]:
     """Every figure whose runs are at hand."""
     built = comparisons(results, STUDY) + authors_victim(results, STUDY)
-    built += if_present(results, PAPER, "main", lambda: gallery(results, STUDY, "main"))
+    for item in ("main", "main-released"):
+        built += if_present(results, PAPER, item, lambda item=item: gallery(results, STUDY, item))
     built += if_present(results, PAPER, "main", lambda: inverted(results))
     built += if_present(results, PAPER, "main", lambda: projection(results, smoke))
     built += if_present(results, PAPER, "clean-fraction", lambda: clean_fraction(results, STUDY))

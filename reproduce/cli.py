@@ -247,6 +247,9 @@ def _report(results: Results, profile: Profile, folder: Path) -> int:
         click.echo(f"{verdict}: {claim}")
     click.echo(f"\ntables  {folder / 'tables'}\nfigures {folder / 'figures'}\nclaims  {folder / 'claims.json'}\n"
                f"report  {summary.page}")
+    if summary.others:
+        click.echo(f"beside them are {len(summary.others)} files of another report ({summary.others[0]}, say), which "
+                   "this one leaves as they are", err=True)
     if not summary.complete:
         click.echo(f"{summary.failed} runs failed, {summary.damaged} are damaged, {summary.missing} are missing: the "
                    "report lists them", err=True)

@@ -1,6 +1,8 @@
 """Somebody's own checkpoint: how good is it, how backdoored, and what does a defense make of it?"""
 
+import contextlib
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -136,12 +138,12 @@ def _written_first(path: Path) -> Path:
 
 
 def check_used(suspect: Suspect, told: bool = False) -> None:
-    """UserError for an option that nothing would use: a paper that no attack and no defense has settings of; without
-    an attack a trigger, or a target label, unless a defense is told it."""
-    known = {paper for package in ("attacks", "defenses") for module in plugins(package)
-             for paper, _variant in module.SETTINGS}
-    if suspect.paper not in known:
-        raise UserError(f"unknown --paper {suspect.paper}: choose one of {', '.join(sorted(known))}")
+    """UserError for an option that nothing would use: a paper or a variant that no attack and no defense has settings
+    of; without an attack a trigger, or a target label, unless a defense is told it."""
+    known = {key for package in ("attacks", "defenses") for module in plugins(package) for key in module.SETTINGS}
+    for option, given, place in (("--paper", suspect.paper, 0), ("--variant", suspect.variant, 1)):
+        if given not in (there := {key[place] for key in known}):
+            raise UserError(f"unknown {option} {given}: choose one of {', '.join(sorted(there))}")
     for option, given in (("--trigger", suspect.trigger), ("--target", None if told else suspect.target)):
         if given is not None and suspect.attack is None:
             raise UserError(f"{option} without --attack tests nothing; name the attack")
@@ -245,6 +247,11 @@ def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) 
 def _with_trigger(path: Path, loaded: Dataset, attack: str, settings: Any, seed: int) -> TestSet:
     """The test images and their copies with the trigger of `path`, which may be another attack's or another size's."""
     check_whole(path.parent)
+    with contextlib.suppress(OSError, ValueError, AttributeError):      # a file that came without its run
+        theirs = json.loads((path.parent / "config.json").read_text()).get("attack", attack)
+        if theirs != attack:
+            raise UserError(f"--trigger {path} is that of attack {theirs}, not of {attack}: name the one in the "
+                            "victim's run folder")
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:

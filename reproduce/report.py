@@ -32,11 +32,13 @@ PER_RUN = ("source", "finished", "made_from")
 
 @dataclass(frozen=True)
 class ReportSummary:
-    """What the command line prints. main: the first paper's main table, empty without one; verdicts: claim, verdict."""
+    """What the command line prints. main: the first paper's main table, empty without one; verdicts: claim, verdict;
+    others: files beside its tables and figures that are not of this report, an earlier one's of more papers say."""
 
     page: Path
     main: str
     verdicts: tuple[tuple[str, str], ...]
+    others: tuple[str, ...]
     done: int
     failed: int
     damaged: int
@@ -80,8 +82,11 @@ def write_report(results: Results, profile: Profile, folder: Path, command: str,
     page.write_text(_page(folder, profile, command, chapters, found, runs, counted, results), encoding="utf-8")
     main = next((table for chapter in chapters for table in chapter["tables"]
                  if table.name == f"{chapter['paper']}-main"), None)
+    own = {shown.name for chapter in chapters for kind in ("tables", "figures") for shown in chapter[kind]}
+    others = tuple(sorted(path.name for kind in ("tables", "figures") for path in (folder / kind).glob("*")
+                          if path.stem not in own))
     return ReportSummary(page, render.text(main, brief=True) if main else "",
-                         tuple((claim.statement, claim.verdict) for claim in found),
+                         tuple((claim.statement, claim.verdict) for claim in found), others,
                          *(counted[status] for status in STATUSES))
 
 

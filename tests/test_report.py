@@ -107,6 +107,14 @@ def test_same_runs_same_bytes_by_however_many_processes(runs: Results, tmp_path:
     assert {path.stem.split("-")[0] for path in alone if path.suffix == ".png"} == {"nad", "argd"}
 
 
+def test_files_of_another_report_are_left_and_named(summary: ReportSummary, tmp_path: Path, runs: Results) -> None:
+    assert summary.others == ()
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/argd-main.md").write_text("mine")
+    assert write_report(Results(runs.store, []), PROFILES["quick"], tmp_path, COMMAND).others == ("argd-main.md",)
+    assert (tmp_path / "tables/argd-main.md").read_text() == "mine"
+
+
 def test_empty_results_still_make_a_page(tmp_path: Path, runs: Results) -> None:
     summary = write_report(Results(runs.store, []), PROFILES["paper"], tmp_path, COMMAND)
     assert summary.main == "" and summary.complete and "No finished run" in summary.page.read_text()

@@ -1,11 +1,12 @@
-"""NAD's and ARGD's released triggers, byte for byte; ARGD's reflection to a few grey levels.
+"""NAD's, ARGD's and MCLDef's released triggers, byte for byte; ARGD's reflection to a few grey levels.
 
 The expected hashes are SHA-256 of what the official per-image code (bboylyg/NAD@f17b713 data_loader.py) returns for the
 64 images of `random_images()`, stacked as uint8 (64, 32, 32, 3); numpy's global generator seeded with 7 before Blend.
 The same code and ours were also compared on the first 5,000 CIFAR-10 training images: equal. ARGD's code
-(BililiCode/ARGD@6354666 data_loader.py, there :458, :465 and :474) gives NAD's hashes for Blend, SIG and Trojan. Those
-under BackdoorBench are what the per-image classes of huangd1999/BackdoorBench@6135839, utils/bd_img_transform, return,
-cast to uint8 as its data set does it (torchvision 0.29, Pillow 13, numpy 2.4).
+(BililiCode/ARGD@6354666 data_loader.py, there :458, :465 and :474) gives NAD's hashes for Blend, SIG and Trojan;
+MCLDef's (Zhihao151/MCL@1ce3f44 data_loader.py:385) gives it for the grid, and its arrays of SIG and Trojan are NAD's
+files. Those under BackdoorBench are what the per-image classes of huangd1999/BackdoorBench@6135839,
+utils/bd_img_transform, return, cast to uint8 as its data set does it (torchvision 0.29, Pillow 13, numpy 2.4).
 """
 
 import dataclasses
@@ -43,6 +44,7 @@ ADDED_RELEASED = "39df324692dfab1baefa22b2cfbf7bda94705762e41ea58640ca464c4dca5b
 RESIZED_SUM = 25609600
 
 CENTRE = "98831c108358e1f8b7b214c3a67326f92fc2c8a779bec635f6887cec8e4a9050"  # ARGD data_loader.py:373, _gridTriger
+BLENDED_GRID = "b6b7d97f7ce128381cd78904aaf55f8e7387a4a3f3bd80fd186768a706e6cd35"  # MCL data_loader.py:515
 
 # ARGD data_loader.py:506, blend_images of ripples(4, 0.11) and ripples(1, 0.23) at alpha_t 0.6 with cv2 5.0: image 1,
 # green, rows 4, 12, 20, 28, columns 2, 6, ..., 30. Blur: sigma 2.3, att 1.13; ghost: offset (4, 6), ghost_alpha 0.3.
@@ -88,6 +90,10 @@ def test_white_corner(images: Tensor) -> None:
 @pytest.mark.parametrize("module", [badnets, cl])
 def test_grid_in_the_centre(images: Tensor, module: ModuleType) -> None:
     assert digest(module.apply(images, module.SETTINGS["argd", "released"], {}, 0, "test")) == CENTRE
+
+
+def test_grid_blended_in_the_centre(images: Tensor) -> None:
+    assert digest(blend.apply(images, blend.SETTINGS["mcldef", "released"], {}, 0, "test")) == BLENDED_GRID
 
 
 def test_square_one_pixel_from_the_border(images: Tensor) -> None:
@@ -209,6 +215,15 @@ def test_argds_clean_label_attack_marks_images_as_they_are(context: Context) -> 
     assert (context.labels[poisoned.mask] == 0).all() and int(poisoned.mask.sum()) == 8  # 20 % of 40
     assert torch.equal(poisoned.images, torch.where(poisoned.mask.view(-1, 1, 1, 1),
                                                     cl.apply(context.images, config, {}, 0, "train"), context.images))
+
+
+def test_mcldefs_clean_label_attack_marks_the_whole_target_class(context: Context, images: Tensor) -> None:
+    config = cl.SETTINGS["mcldef", "released"]
+    assert not cl.requires(config) and digest(cl.apply(images, config, {}, 0, "test")) == GRID
+    state = cl.prepare(config, dataclasses.replace(context, clean_model=None))
+    poisoned = cl.poison(context.images, context.labels, config, state, context.seed, 10)
+    assert torch.equal(poisoned.labels, context.labels)
+    assert torch.equal(poisoned.mask, context.labels == 5) and poisoned.mask.any()
 
 
 @pytest.mark.parametrize("kind", ["blur", "ghost"])

@@ -147,10 +147,12 @@ def test_bad_requests_get_one_line(checkpoint: Path, tmp_path: Path, change: lis
     assert not (tmp_path / "r.safetensors").exists()
 
 
-@pytest.mark.parametrize("option", [("--target", "3"), ("--trigger", "nowhere.safetensors")])
-def test_what_only_an_attack_uses_is_refused_without_one(checkpoint: Path, option: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("option", "said"), [
+    (("--target", "3"), "name the attack"), (("--trigger", "nowhere.safetensors"), "name the attack"),
+    (("--variant", "nope"), "unknown --variant nope: choose one of")])
+def test_what_only_an_attack_uses_is_refused_without_one(checkpoint: Path, option: tuple[str, str], said: str) -> None:
     code, out = call("evaluate", "--checkpoint", str(checkpoint), *COMMON, *option)
-    assert code == 2 and "name the attack" in out
+    assert code == 2 and said in out
 
 
 @pytest.mark.usefixtures("no_room")
@@ -205,6 +207,10 @@ def test_a_trigger_made_with_the_victim_must_be_named(checkpoint: Path, tmp_path
         code, out = call("evaluate", *warping, "--trigger", str(tmp_path / "trigger.safetensors"))
         assert code == 2 and len(out.strip().splitlines()) == 1
         assert "is no trigger of attack wanet for images of (3, 32, 32)" in out
+    (tmp_path / "config.json").write_text('{"attack": "blend"}')
+    code, out = call("evaluate", *warping, "--trigger", str(tmp_path / "trigger.safetensors"))
+    assert code == 2 and "is that of attack blend, not of wanet" in out
+    (tmp_path / "config.json").write_text('{"attack": "wanet"}')
     axis = torch.linspace(-1, 1, 32)
     identity = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), 2).contiguous()
     save_file({"field": identity}, tmp_path / "trigger.safetensors")
