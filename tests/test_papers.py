@@ -16,6 +16,7 @@ import tables.cross
 import tables.mcldef
 import tables.nad
 from reproduce import claims
+from reproduce.cells import Victim
 from reproduce.claims import criteria
 from reproduce.protocols import PROFILES, Profile, entries
 from reproduce.results import Results
@@ -138,6 +139,24 @@ def test_up_to_is_reached_or_ruled_out(tmp_path: Path) -> None:
     assert criteria.up_to(found, table, "MCLDef", "Before", "asr", 90.0, attacks).outcome == criteria.SUPPORTED
     assert criteria.up_to(found, table, "FT", "Before", "asr", 95.79, attacks).outcome == criteria.REFUTED
     assert criteria.up_to(found, table, "FT", "Before", "asr", 95.79, (*attacks, "SIG")).outcome == criteria.UNDECIDED
+
+
+def test_the_attacks_of_mcldefs_code_stand_by_themselves(tmp_path: Path) -> None:
+    found = entries(replace(PROFILES["paper"], seeds=(0,)), ["mcldef"], ["main-released"])
+    victims = {entry.labels["attack"]: entry.task for entry in found if isinstance(entry.task, Victim)}
+    assert set(victims) == {"BadNets", "Trojan", "Blend", "CL", "SIG"}
+    assert {victim.settings.target for victim in victims.values()} == {5}
+    assert {victim.recipe.epochs for victim in victims.values()} == {49}
+    store = Store(tmp_path)
+    for number, entry in enumerate(found):
+        write_run(store, entry.task, *LEVELS.get(entry.labels["defense"], (84, 20)), number, HISTORY, info=INFO)
+    built = {table.name: table for table in tables.mcldef.tables(Results(store, found))}
+    assert {"mcldef-main-released", "mcldef-main-released-acc"} <= built.keys()
+    read = built["mcldef-published"].frame[("", "Reproduced as")]
+    assert [str(value) for value in read][:2] == [f"BadNets / {what}, our victim, trained as theirs"
+                                                  for what in ("Before", "MCLDef / released")]
+    assert {figure.name for figure in figures.mcldef.figures(Results(store, found))} >= {
+        "mcldef-main-released", "mcldef-triggers-released"}
 
 
 AUTHORS = "authors-victim"
