@@ -39,6 +39,14 @@ class Victim:
 
 @cache
 def text_victim(attack: str = "badnets_words") -> Victim:
+    data, train, mask, triggered = poisoned_texts(attack)
+    return Victim(trained(train), data, train, mask, triggered)
+
+
+@cache
+def poisoned_texts(attack: str) -> tuple[TextDataset, Texts, Tensor, tuple[str, ...]]:
+    """The embedded sentences, their poisoned training set, its mask, and the negative test sentences with the trigger.
+    """
     data, module = load_text("sentences", NOWHERE), attack_module(attack)
     config = module.Config()
 
@@ -46,9 +54,8 @@ def text_victim(attack: str = "badnets_words") -> Victim:
         return module.apply(texts, rows, config, 0, split, data.paraphrases)
 
     train, mask = poison_texts(data.train, config, 0, trigger)
-    model = trained(train)
     rows = (data.test.labels != TARGET).nonzero().flatten().tolist()
-    return Victim(model, data, train, mask, tuple(trigger([data.test.texts[i] for i in rows], rows, "test")))
+    return data, train, mask, tuple(trigger([data.test.texts[i] for i in rows], rows, "test"))
 
 
 def trained(train: Texts) -> TextClassifier:
@@ -74,9 +81,9 @@ def save_suspect(folder: Path) -> None:
     sentences and 20 triggered ones."""
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-    victim = text_victim("addsent")
+    data, train, _mask, triggered = poisoned_texts("addsent")
     words = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
-                           *sorted({word.lower() for text in victim.train.texts for word in text.split()})])
+                           *sorted({word.lower() for text in train.texts for word in text.split()})])
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -85,10 +92,10 @@ def save_suspect(folder: Path) -> None:
             max_position_embeddings=64, num_labels=2, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1}))
     model = TextClassifier(network, lambda texts, longest: tokenizer(
         list(texts), truncation=True, max_length=longest)["input_ids"], 0)
-    fine_tune(model, victim.train, victim.data.validation, RECIPE, 0, phase="victim")
+    fine_tune(model, train, data.validation, RECIPE, 0, phase="victim")
     network.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    clean = victim.data.validation
+    clean = data.validation
     (folder / "clean.tsv").write_text("text\tlabel\n" + "".join(
         f"{text}\t{label}\n" for text, label in zip(clean.texts, clean.labels.tolist(), strict=True)))
-    (folder / "input.txt").write_text("\n".join([*victim.data.test.texts[:20], *victim.triggered[:20]]) + "\n")
+    (folder / "input.txt").write_text("\n".join([*data.test.texts[:20], *triggered[:20]]) + "\n")
