@@ -274,7 +274,7 @@ def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:
     (["run", "--results", "README.md"], "--results"),
     (["frobnicate"], "frobnicate"),
     (["report", "--results", "nowhere/at/all"], "holds no runs"),
-    (["report", "--profile", "quick", "--results", "reference/authors-victims"], "none of the 117 runs in"),
+    (["report", "--profile", "quick", "--results", "reference/authors-victims"], "none of the 133 runs in"),
     (["export", "--results", "nowhere/at/all", "--into", "/tmp/never"], "holds no runs"),
     (["export", "--profile", "paper", "--seeds", "3", "--item", "authors-victim", "--results",
       "reference/authors-victims", "--into", "/proc/nope"], "--into /proc/nope cannot be written"),
