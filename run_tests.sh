@@ -8,5 +8,6 @@ prepare_environment "$root" test "$@"
 cd "$root"
 # Two processes with two OpenMP threads each on two cores spin against each other and are 20 times slower than one.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow and not data" \
+# By file, for the tests of one share what takes long to make; in the order that tests/conftest.py gives.
+exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not data" \
     ${arguments[@]+"${arguments[@]}"}
