@@ -247,11 +247,12 @@ def _test_set(suspect: Suspect, loaded: Dataset, clean_model: nn.Module | None) 
 def _with_trigger(path: Path, loaded: Dataset, attack: str, settings: Any, seed: int) -> TestSet:
     """The test images and their copies with the trigger of `path`, which may be another attack's or another size's."""
     check_whole(path.parent)
+    theirs = attack
     with contextlib.suppress(OSError, ValueError, AttributeError):      # a file that came without its run
         theirs = json.loads((path.parent / "config.json").read_text()).get("attack", attack)
-        if theirs != attack:
-            raise UserError(f"--trigger {path} is that of attack {theirs}, not of {attack}: name the one in the "
-                            "victim's run folder")
+    if theirs != attack:
+        raise UserError(f"--trigger {path} is that of attack {theirs}, not of {attack}: name the one in the victim's "
+                        "run folder")
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
