@@ -22,9 +22,13 @@ from tqdm import tqdm
 from reproduce import data, models
 from reproduce.agreement import agreement
 from reproduce.cells import NONE, Task, Victim, with_dependencies
+from reproduce.data.texts import SOURCES
 from reproduce.engine import Workers, check_data, execute, expected, unfinished
 from reproduce.errors import UserError
 from reproduce.models.encoder import LAYERS
+from reproduce.models.paraphraser import TOP_P
+from reproduce.paraphrase import Paraphrasing
+from reproduce.paraphrase import paraphrase as paraphrase_texts
 from reproduce.plugins import PROJECT
 from reproduce.poisoning import attack_module
 from reproduce.protocols import PAPERS, PROFILES, Entry, Profile, entries
@@ -379,6 +383,30 @@ def purify(as_json: bool, epochs: int, **wanted: Any) -> None:
             bar.set_description(phase)
             bar.update(epoch - bar.n)
         found = purify_sentences(Purification(epochs=epochs, **wanted), observe)
+    _print(found, as_json)
+
+
+@main.command()
+@click.option("--generator", required=True, type=click.Path(path_type=Path),
+              help="Folder of an encoder-decoder (T5, BART, ...) or of a style transfer GPT-2, as save_pretrained "
+              "writes it; no code of it is run.")
+@click.option("--attack", required=True, help="Whose trigger the paraphrases are: stylebkd or synbkd.")
+@click.option("--dataset", required=True, help=f"The sentences: {', '.join(SOURCES)}.")
+@click.option("--prompt", default="{text}", show_default=True, help="What an encoder-decoder is asked; {text} is the "
+              "sentence.")
+@click.option("--top-p", type=Finite(0, 1), default=TOP_P, show_default=True, help="0: the most probable token always.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@DATA_ROOT
+@DEVICE
+def paraphrase(as_json: bool, **wanted: Any) -> None:
+    """Rewrite a data set by a generator of your own, for the variant "generated" of an attack by paraphrases."""
+    with tqdm(disable=as_json or not sys.stderr.isatty(), desc="rewriting", unit="sentence") as bar:
+        def observe(done: int, count: int) -> None:
+            bar.total = count
+            bar.update(done - bar.n)
+        found = paraphrase_texts(Paraphrasing(**wanted), observe)
     _print(found, as_json)
 
 

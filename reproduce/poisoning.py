@@ -134,10 +134,10 @@ def insert(text: str, words: str, rng: np.random.Generator) -> str:
 
 
 def rewritten(paraphrases: Sequence[str | None], rows: Sequence[int]) -> list[str]:
-    """The paraphrases of `rows`; UserError where one was not released."""
+    """The paraphrases of `rows`; UserError where there is none of one."""
     found = [paraphrases[row] for row in rows]
     missing = next((row for row, text in zip(rows, found, strict=True) if text is None), None)
     if missing is not None:
-        raise UserError(f"row {missing} has no released paraphrase: only rows of other classes than the released "
-                        "target's have one; keep the released target label")
+        raise UserError(f"row {missing} has no paraphrase: only rows of other classes than the released target's have "
+                        "one; keep the released target label")
     return [text for text in found if text is not None]

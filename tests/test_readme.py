@@ -19,6 +19,8 @@ from reproduce import report
 from reproduce.cli import main
 from reproduce.models import build
 from tests.defenses.text_victim import save_suspect
+from tests.reproduce.generators import save_style_transfer
+from tests.reproduce.small_texts import save_small_texts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,9 +29,10 @@ DRIVER = [command for command in COMMANDS if command.startswith("./run_all.sh")]
 CHECKPOINT = [command for command in COMMANDS if re.match(r"python -m reproduce (evaluate|defend)", command)]
 PURIFY = [command for command in COMMANDS if command.startswith("python -m reproduce purify")]
 REBUILD = [command for command in COMMANDS if command.startswith("python -m reproduce report")]
+PARAPHRASE = [command for command in COMMANDS if command.startswith("python -m reproduce paraphrase")]
 COMPARE = [command for command in COMMANDS if command.startswith("python -m reproduce compare")]
 # This file is part of what the last one runs.
-ALL = [*DRIVER, *CHECKPOINT, *PURIFY, *REBUILD, *COMPARE, "./run_tests.sh"]
+ALL = [*DRIVER, *CHECKPOINT, *PURIFY, *PARAPHRASE, *REBUILD, *COMPARE, "./run_tests.sh"]
 
 
 def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -57,7 +60,7 @@ def made_for_this_python(folder: Path) -> Path:
 
 
 def test_no_command_is_forgotten() -> None:
-    assert sorted(COMMANDS) == sorted(ALL) and DRIVER and CHECKPOINT and PURIFY and REBUILD and COMPARE
+    assert sorted(COMMANDS) == sorted(ALL) and all((DRIVER, CHECKPOINT, PURIFY, PARAPHRASE, REBUILD, COMPARE))
 
 
 @pytest.mark.parametrize("command", DRIVER)
@@ -102,6 +105,16 @@ def test_purify_command(command: str, tmp_path: Path) -> None:
     done = run(command.replace("DIR", "model") + " --epochs 1", tmp_path)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "purified.jsonl").read_text().splitlines()) == 40
+
+
+@pytest.mark.parametrize("command", PARAPHRASE)
+def test_paraphrase_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a few sentences and a tiny generator."""
+    save_style_transfer(tmp_path / "DIR")
+    save_small_texts(tmp_path / "data", monkeypatch)
+    done = run(command.replace("sst-2", "small"), tmp_path, "--data-root", str(tmp_path / "data"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sentences"] == 19
 
 
 @pytest.mark.parametrize("command", REBUILD)

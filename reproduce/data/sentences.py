@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from reproduce.data.texts import TextDataset, Texts
+from reproduce.errors import UserError
 from reproduce.rng import numpy_generator
 
 COUNTS = {"train": 800, "validation": 240, "test": 240}
@@ -37,7 +38,9 @@ def load_sentences() -> TextDataset:
     splits = {name: _split(name, count) for name, count in COUNTS.items()}
 
     def paraphrases(attack: str, split: str) -> tuple[str | None, ...]:
-        frames = {"stylebkd": _STYLE, "synbkd": _SYNTAX}[attack]
+        frames = {"stylebkd": _STYLE, "synbkd": _SYNTAX}.get(attack)
+        if frames is None:
+            raise UserError("sentences have paraphrases by rule alone: take the variant released")
         return tuple(frames[i % len(frames)].format(t=text.rstrip(" ."))
                      for i, text in enumerate(splits[split].texts))
 

@@ -4,6 +4,7 @@ sst-2, yelp, hsol and agnews come from a data root in one of two layouts:
 
     <root>/text/<name>/badacts/clean/{train,dev,test}.csv[.xz]
     <root>/text/<name>/badacts/<attack>/{train-all-poisoned,dev-poison,test-poison}.csv[.xz]
+    <root>/text/<name>/badacts/<attack>-generated/...                       what a paraphraser at hand made of them
     <root>/BadActs/poison_data/<name>/<target>/<attack>/{train,dev,test}-{clean,poison}.csv     the authors' repository
 
 Where neither has them and a network exists, the clean sentences of sst-2 come from the hub (package `datasets`).
@@ -31,6 +32,7 @@ from reproduce.rng import generator
 
 SPLITS = ("train", "validation", "test")
 OFFICIAL = "github.com/clearloveclearlove/BadActs"
+GENERATED = "-generated"    # ends the folder of paraphrases that a model at hand made
 HUB = {"sst-2": "SetFit/sst2"}  # the sentence-level split, with columns text and label
 _STEMS = {"train": "train", "validation": "dev", "test": "test"}
 _ALIGNED = {"train": "train-all-poisoned", "validation": "dev-poison", "test": "test-poison"}
@@ -132,6 +134,21 @@ def load_texts(name: str, root: Path) -> TextDataset:
     return TextDataset(name, train, validation, test, source.classes, source.target, paraphrases)
 
 
+def released(name: str, split: str, root: Path) -> Texts:
+    """A released split whole, before a name cuts it. Raises UserError as `load_texts`."""
+    return _Files(name, SOURCES[name], root).clean(split)
+
+
+def rewritten_file(name: str, attack: str, split: str, root: Path) -> Path:
+    """Where paraphrases of a released split go."""
+    return root / "text" / SOURCES[name].files / "badacts" / attack / f"{_ALIGNED[split]}.csv"
+
+
+def rewritten_rows(name: str, split: str, labels: Tensor) -> Tensor:
+    """Which rows of a released split have a paraphrase, bool (N,): in training all, else those not of the target."""
+    return torch.ones_like(labels, dtype=torch.bool) if split == "train" else labels != SOURCES[name].target
+
+
 def _cut(split: str, count: int, share: float) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
     """Two parts of a released split, (rest, share), the same for every seed."""
     order = torch.randperm(count, generator=generator(0, "text-split", split, count))
@@ -166,9 +183,9 @@ class _Files:
         return Texts(tuple(text for text, _label in rows), torch.tensor([label for _text, label in rows]))
 
     def paraphrases(self, attack: str, split: str, labels: Tensor) -> tuple[str | None, ...]:
-        """Released for every training row, and for the rows of dev and test that are not of the target class."""
+        """Those of every row that has one, None elsewhere."""
         path, rows = self._rows(attack, _ALIGNED[split], attack, f"{_STEMS[split]}-poison")
-        wanted = torch.ones_like(labels, dtype=torch.bool) if split == "train" else labels != self.source.target
+        wanted = rewritten_rows(self.name, split, labels)
         if len(rows) != int(wanted.sum()):
             raise UserError(f"{self.name}: {path} has {len(rows)} rows, which do not fit the {int(wanted.sum())} clean "
                             f"ones they paraphrase; replace it by the released file ({OFFICIAL})")
@@ -182,6 +199,9 @@ class _Files:
         for path in (here / f"{stem}.csv", here / f"{stem}.csv.xz", there / f"{their_stem}.csv"):
             if path.is_file():
                 return path, read_csv(path)
+        if folder.endswith(GENERATED):
+            raise UserError(f"{self.name}: {here / stem}.csv is missing: make it with python -m reproduce paraphrase "
+                            f"--attack {folder.removesuffix(GENERATED)} --dataset {self.name} and a generator of yours")
         raise UserError(f"{self.name}: {here / stem}.csv[.xz] is missing: clone {OFFICIAL} as {self.root / 'BadActs'}, "
                         "or name another folder with --data-root or BACKDOOR_DATA")
 

@@ -105,8 +105,18 @@ def test_test_set_triggers_the_other_classes() -> None:
 
 def test_a_missing_paraphrase_is_said() -> None:
     module = attack_module("stylebkd")
-    with pytest.raises(UserError, match="row 1 has no released paraphrase"):
+    with pytest.raises(UserError, match="row 1 has no paraphrase: only rows"):
         module.apply(["a", "b"], [0, 1], module.Config(), 0, "test", lambda attack, split: ("x", None))
+
+
+@pytest.mark.parametrize("name", ["stylebkd", "synbkd"])
+def test_paraphrases_of_a_generator_at_hand(name: str) -> None:
+    module = attack_module(name)
+    config = module.SETTINGS["badacts", "generated"]
+    assert module.apply(["a", "b"], [0, 1], config, 0, "test", lambda attack, split: (attack, split)) == [
+        f"{name}-generated", "test"]
+    with pytest.raises(UserError, match="sentences have paraphrases by rule alone"):
+        triggered_test_set(SENTENCES, name, config, 0)
 
 
 def test_trigger_quality_counts() -> None:

@@ -1,7 +1,5 @@
 """Text data sets: both layouts, every fault in one line, splits that are the same for everybody."""
 
-import csv
-import lzma
 import sys
 import types
 from pathlib import Path
@@ -13,45 +11,12 @@ from reproduce import data
 from reproduce.data import texts
 from reproduce.data.texts import SOURCES, Source, load_texts
 from reproduce.errors import UserError
-
-COUNTS = {"train": 12, "validation": 8, "test": 6}
-ALIGNED = {"train": "train-all-poisoned", "validation": "dev-poison", "test": "test-poison"}
-
-
-def write(path: Path, rows: list[tuple[str, int]], compressed: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["", *csv_lines(rows)]
-    lines[0] = ",0,1,2"
-    content = "\n".join(lines) + "\n"
-    if compressed:
-        path.with_suffix(".csv.xz").write_bytes(lzma.compress(content.encode()))
-    else:
-        path.write_text(content)
-
-
-def csv_lines(rows: list[tuple[str, int]]) -> list[str]:
-    import io
-    found = []
-    for i, (text, label) in enumerate(rows):
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="").writerow([i, text, label, 0])
-        found.append(buffer.getvalue())
-    return found
-
-
-def rows(split: str) -> list[tuple[str, int]]:
-    return [(f'{split}, "row" {i}', i % 2) for i in range(COUNTS[split])]
+from tests.reproduce.small_texts import COUNTS, rows, save_small_texts, write
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small data set "small" in the layout of the data root, compressed."""
-    monkeypatch.setitem(SOURCES, "small", Source("small", ("no", "yes"), 1, COUNTS))
-    for split, stem in (("train", "train"), ("validation", "dev"), ("test", "test")):
-        write(tmp_path / f"text/small/badacts/clean/{stem}.csv", rows(split), compressed=True)
-        poisoned = [(f"rewritten {text}", 1) for text, label in rows(split) if split == "train" or label != 1]
-        write(tmp_path / f"text/small/badacts/synbkd/{ALIGNED[split]}.csv", poisoned, compressed=True)
-    return tmp_path
+    return save_small_texts(tmp_path, monkeypatch)
 
 
 def test_layout_of_the_data_root(root: Path) -> None:

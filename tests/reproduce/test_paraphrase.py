@@ -1,0 +1,180 @@
+"""Paraphrases by a generator at hand: as the style transfer's own code makes them, resumed, and read again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from reproduce.cli import main
+from reproduce.data.texts import load_texts
+from reproduce.errors import UserError
+from reproduce.models import paraphraser
+from reproduce.paraphrase import Paraphrasing, paraphrase
+from tests.reproduce.generators import save_seq2seq, save_style_transfer
+from tests.reproduce.small_texts import COUNTS, save_small_texts
+
+TEXTS = ("the film is warm .", "the dull people saith it is dull and warm", "behold")
+
+
+@pytest.fixture(scope="module")
+def generators(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """style/: a style transfer GPT-2; plain/: a GPT-2 that is none; seq2seq/: a T5."""
+    place = tmp_path_factory.mktemp("generators")
+    save_style_transfer(place / "style")
+    save_style_transfer(place / "plain", segments=False)
+    save_seq2seq(place / "seq2seq")
+    return place
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return save_small_texts(tmp_path / "root", monkeypatch)
+
+
+@pytest.fixture
+def call(generators: Path, root: Path) -> Callable[..., Result]:
+    """Run the command with some options replaced."""
+    def run(**changes: Any) -> Result:
+        options = {"generator": generators / "style", "attack": "stylebkd", "dataset": "small", "data-root": root,
+                   "batch": 4} | changes
+        return CliRunner().invoke(main, ["paraphrase", *[f"--{key}={value}" for key, value in options.items()],
+                                         "--json"])
+    return run
+
+
+def test_style_transfer_is_that_of_its_own_code(generators: Path) -> None:
+    # From the sampling loop of martiansideofthemoon/style-transfer-paraphrase@a705630 (utils.py, sample_sequence) with
+    # this network and these uniform numbers in place of torch.multinomial's own.
+    expected = ["warm pass.. film the warm warm film", ". pass pass warm the pass the warm the warm warm the",
+                "film the"]
+    uniform = torch.rand(3, paraphraser.LONGEST, generator=torch.Generator().manual_seed(5))
+    generate = paraphraser.load(str(generators / "style"), "{text}", 0.6, torch.device("cpu"))
+    assert generate(TEXTS, uniform) == expected
+
+
+@pytest.mark.parametrize("kind", ["style", "seq2seq"])
+def test_a_rows_paraphrase_does_not_depend_on_its_batch(kind: str, generators: Path) -> None:
+    uniform = torch.rand(3, paraphraser.LONGEST, generator=torch.Generator().manual_seed(1))
+    generate = paraphraser.load(str(generators / kind), "{text}", 0.9, torch.device("cpu"))
+    together = generate(TEXTS, uniform)
+    assert together == [generate([text], uniform[i:i + 1])[0] for i, text in enumerate(TEXTS)]
+    assert len(set(together)) == 3 and all(len(text.split()) <= 14 for text in together)
+    assert together != generate(TEXTS, uniform.flip(1))
+
+
+def test_prompt_reaches_an_encoder_decoder(generators: Path) -> None:
+    uniform = torch.rand(3, paraphraser.LONGEST, generator=torch.Generator().manual_seed(1))
+    plain, asked = (paraphraser.load(str(generators / "seq2seq"), prompt, 0.9, torch.device("cpu"))(TEXTS, uniform)
+                    for prompt in ("{text}", "behold {text} saith people"))
+    assert plain != asked
+
+
+def test_nucleus() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.3, 0.1]]).log().repeat(5, 1)
+    uniform = torch.tensor([0.0, 0.6, 0.65, 0.99, 0.624])
+    # The token that passes top_p is in it: 0.5 and 0.3, so that the first has 5 / 8.
+    assert paraphraser.nucleus(logits, 0.6, uniform).tolist() == [1, 1, 2, 2, 1]
+    assert paraphraser.nucleus(logits, 0.0, uniform).tolist() == [1] * 5
+    assert paraphraser.nucleus(logits, 1.0, uniform).tolist() == [1, 2, 2, 3, 2]
+    drawn = paraphraser.nucleus(logits[:1].repeat(20_000, 1), 0.85, torch.rand(
+        20_000, generator=torch.Generator().manual_seed(0)))
+    assert torch.bincount(drawn, minlength=4) / 20_000 == pytest.approx([1 / 9, 5 / 9, 3 / 9, 0], abs=0.01)
+
+
+def test_files_are_made_and_read(call: Callable[..., Result], root: Path) -> None:
+    result = call()
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["sentences"] == COUNTS["train"] + COUNTS["validation"] // 2 + COUNTS["test"] // 2
+    texts = load_texts("small", root)
+    made = {split: texts.paraphrases("stylebkd-generated", split) for split in COUNTS}
+    assert None not in made["train"] and [text is None for text in made["test"]] == [False, True] * 3
+    sources = [texts.train.texts[i] for i in range(len(texts.train))]
+    assert all(new != old for new, old in zip(made["train"], sources, strict=True))
+    stamp = json.loads((root / "text/small/badacts/stylebkd-generated/origin.json").read_text())
+    assert stamp["top_p"] == 0.6 and len(stamp["weights"]) == 64
+    assert not list(root.rglob("*.partial"))
+
+
+def test_interrupted_it_goes_on_to_the_same_files(call: Callable[..., Result], root: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = root / "text/small/badacts/stylebkd-generated"
+    assert call().exit_code == 0
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for path in folder.glob("*.csv"):
+        path.unlink()
+    made: list[int] = []
+    load = paraphraser.load
+
+    def counted(*arguments: Any, fail: bool) -> paraphraser.Paraphraser:
+        generate = load(*arguments)
+
+        def run(texts: Any, uniform: Any) -> list[str]:
+            if fail and len(made) == 2:
+                raise KeyboardInterrupt
+            made.append(len(texts))
+            return generate(texts, uniform)
+        return run
+
+    monkeypatch.setattr(paraphraser, "load", lambda *arguments: counted(*arguments, fail=True))
+    assert call().exit_code == 130 and made == [4, 4]
+    with (folder / "train-all-poisoned.partial").open("a") as file:
+        file.write("8,half a li")
+    monkeypatch.setattr(paraphraser, "load", lambda *arguments: counted(*arguments, fail=False))
+    assert call().exit_code == 0
+    assert made == [4, 4, 4, 4, 3], "two batches of the training split were there"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert call().exit_code == 0 and len(made) == 5, "nothing is left to do"
+
+
+def test_a_generator_that_says_nothing_keeps_the_sentence(call: Callable[..., Result], root: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paraphraser, "load", lambda *_: lambda texts, _uniform: [""] * len(texts))
+    found = json.loads(call().output)
+    assert found["unchanged"] == found["sentences"] and found["test"]["unchanged"] == 100
+    texts = load_texts("small", root)
+    assert texts.paraphrases("stylebkd-generated", "train") == texts.train.texts
+
+
+@pytest.mark.usefixtures("no_room")
+def test_without_room_what_is_made_is_kept(generators: Path, root: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        paraphrase(Paraphrasing(generators / "style", "stylebkd", "small", root))
+    folder = root / "text/small/badacts/stylebkd-generated"
+    assert len((folder / "train-all-poisoned.partial").read_text().splitlines()) == 1 + COUNTS["train"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"dataset": "imdb"}, "unknown data set 'imdb': choose one of sst-2"),
+    ({"attack": "addsent"}, "attack addsent has no settings for --paper badacts --variant generated"),
+    ({"attack": "nothing"}, "unknown attack 'nothing'"),
+    ({"prompt": "rewrite"}, "has no {text}: say where the sentence goes"),
+    ({"prompt": "rewrite {text}"}, "--prompt is for encoder-decoders"),
+    ({"generator": "plain"}, "is a decoder without the segment tokens"),
+    ({"generator": "nowhere"}, "nowhere is no folder"),
+    ({"generator": "."}, "cannot be loaded"),
+    ({"top-p": 2}, "2.0 is not in the range"),
+])
+def test_bad_input_is_one_line(changes: dict[str, Any], message: str, call: Callable[..., Result], generators: Path,
+                               root: Path) -> None:
+    if "generator" in changes:
+        changes = {"generator": generators / changes["generator"]}
+    result = call(**changes)
+    assert result.exit_code == 2 and message in result.output and result.output.count("\n") == 1
+    assert not (root / "text/small/badacts/stylebkd-generated").exists()
+
+
+def test_another_generator_does_not_mix_in(call: Callable[..., Result], generators: Path) -> None:
+    assert call().exit_code == 0
+    for changes in ({"generator": generators / "seq2seq"}, {"seed": 1}):
+        result = call(**changes)
+        assert result.exit_code == 2 and "holds paraphrases made otherwise" in result.output
+
+
+def test_what_is_missing_says_how_to_make_it(root: Path) -> None:
+    with pytest.raises(UserError, match="make it with python -m reproduce paraphrase --attack synbkd --dataset small"):
+        load_texts("small", root).paraphrases("synbkd-generated", "test")
