@@ -37,8 +37,8 @@ MODULES = {"badnets": badnets, "sig": sig, "blend": blend, "trojan": trojan}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images and sentences per timed window. A whole NAD run keeps its 20 epochs and its 2,500 : 18,000 ratio of
-    training to test images, on fewer of both: rates do not depend on that number."""
+    """Networks, and images and sentences per timed window. A whole NAD run keeps its 20 epochs and its 2,500 : 18,000
+    ratio of training to test images, on fewer of both: rates do not depend on that number."""
 
     poison_train: int = 50_000
     poison_test: int = 10_000
@@ -51,10 +51,12 @@ class Sizes:
     map_images: int = 32                    # that score a feature map
     sentences: int = 320
     encoder: tuple[int, int] = (6, 384)     # layers, width
+    network: str = "wrn-16-1"
+    preact: str = "preact-resnet-18-w16"
 
 
 QUICK = Sizes(poison_train=200, poison_test=50, augment=128, train=64, test=64, run_train=16, run_test=16, run_epochs=2,
-              map_images=4, sentences=40, encoder=(2, 64))
+              map_images=4, sentences=40, encoder=(2, 64), network="wrn-10-0.5", preact="preact-resnet-18-w8")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ class Bench:
 
     sizes: Sizes
     checkout: Path | None = None
-    model: nn.Module = field(default_factory=lambda: build("wrn-16-1", CLASSES, SEED))
+    model: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = build(self.sizes.network, CLASSES, SEED, "cifar10")
 
     def samples(self, count: int, purpose: str) -> list[Sample]:
         """(uint8 (32, 32, 3), label) for the sides that work picture by picture."""
@@ -231,8 +236,7 @@ def victim_training(bench: Bench) -> Iterator[Stage]:
 
 def preact_training(bench: Bench) -> Iterator[Stage]:
     """The same with BackdoorBench's PreAct-ResNet18 at a quarter of its width, which NAD's authors do not have."""
-    narrow = build("preact-resnet-18-w16", CLASSES, SEED, "cifar10")
-    for stage in victim_training(replace(bench, checkout=None, model=narrow)):
+    for stage in victim_training(Bench(replace(bench.sizes, network=bench.sizes.preact))):
         yield replace(stage, name="PreAct training", goals={})
 
 
