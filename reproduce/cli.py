@@ -4,6 +4,7 @@ A wrong argument, file or configuration is one line on stderr and exit code 2. A
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -41,6 +42,9 @@ from reproduce.results import Results
 from reproduce.store import Store
 
 GPU_JOBS = 4  # a WRN-16-1 leaves most of a modern card idle
+_FULL = "make room there; finished runs are kept, and the same command goes on from here"
+_CLOSED = "name another place, or change who may read and write there"
+ADVICE = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EACCES: _CLOSED, errno.EPERM: _CLOSED, errno.EROFS: _CLOSED}
 
 
 class Commands(click.Group):
@@ -60,7 +64,8 @@ class Commands(click.Group):
             sys.exit(2)
         except OSError as error:
             # A full disk, or a reader that went away: nothing more can be said there, not even by Python at its end.
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            advice = ADVICE.get(error.errno, "")
+            click.echo(f"error: {' '.join(str(error).split())}{advice and ': '}{advice}", err=True)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(2)
         except (KeyboardInterrupt, click.Abort):
