@@ -23,7 +23,7 @@ from tqdm import tqdm
 from reproduce import data, models
 from reproduce.agreement import agreement
 from reproduce.cells import NONE, Task, Victim, with_dependencies
-from reproduce.data.texts import SOURCES
+from reproduce.data.texts import SOURCES, SPLITS
 from reproduce.engine import Workers, check_data, execute, expected, unfinished
 from reproduce.errors import UserError
 from reproduce.models.encoder import LAYERS
@@ -397,6 +397,8 @@ def purify(as_json: bool, epochs: int, **wanted: Any) -> None:
               "writes it; no code of it is run.")
 @click.option("--attack", required=True, help="Whose trigger the paraphrases are: stylebkd or synbkd.")
 @click.option("--dataset", required=True, help=f"The sentences: {', '.join(SOURCES)}.")
+@click.option("--split", "splits", type=click.Choice(SPLITS), multiple=True, default=["test"], show_default=True,
+              help="Repeatable; evaluating takes test alone.")
 @click.option("--prompt", default="{text}", show_default=True, help="What an encoder-decoder is asked; {text} is the "
               "sentence.")
 @click.option("--top-p", type=Finite(0, 1), default=TOP_P, show_default=True, help="0: the most probable token always.")

@@ -13,25 +13,20 @@ import numpy as np
 import torch
 
 from reproduce import data
-from reproduce.data.texts import (
-    GENERATED,
-    SOURCES,
-    Texts,
-    read_csv,
-    released,
-    rewritten_file,
-    rewritten_rows,
-)
+from reproduce.data.texts import GENERATED, SOURCES, Texts, read_csv, released, rewritten_file, rewritten_rows
 from reproduce.errors import UserError
 from reproduce.models import paraphraser
-from reproduce.plugins import settings_of
-from reproduce.poisoning import attack_module
+from reproduce.plugins import plugins
 from reproduce.repair import settled_device
 from reproduce.rng import numpy_generator
+from reproduce.store import locked, write_atomically
 from reproduce.texts import trigger_quality
 
 ORIGIN = "origin.json"      # what made a folder's files
-HEADER = ",0,1,2"           # that of the released files: index, text, label, poisoned
+LOCK = ".lock"
+HEADER = b",0,1,2\n"        # that of the released files: index, text, label, poisoned
+# Of a generator's folder, what a paraphrase depends on.
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,7 @@ class Paraphrasing:
     attack: str
     dataset: str
     data_root: Path | None = None
+    splits: tuple[str, ...] = ("test",)
     prompt: str = "{text}"
     top_p: float = paraphraser.TOP_P
     batch: int = 32
@@ -52,35 +48,43 @@ class Paraphrasing:
 def paraphrase(wanted: Paraphrasing, observe: Callable[[int, int], None] = lambda done, count: None) -> dict[str, Any]:
     """Write the files that are missing, row by row beside their sources; interrupted, it goes on where it was.
 
-    Where the generator gives nothing, the sentence stays as it is, as in the released code. Returns how many sentences
-    there are, how many of them are unchanged, what `trigger_quality` counts of the test split, and the folder of the
+    Where the generator gives nothing, the sentence stays as it is, as in the released code; runs of white space become
+    one space. Returns how many sentences there are, what `trigger_quality` counts of each split, and the folder of the
     files. observe: sentences done, sentences in all.
     """
     _check(wanted)
     root = data.data_root(wanted.data_root)
-    splits = {split: released(wanted.dataset, split, root) for split in SOURCES[wanted.dataset].counts}
+    sources = {split: released(wanted.dataset, split, root) for split in wanted.splits}
     chosen = {split: rewritten_rows(wanted.dataset, split, texts.labels).nonzero().flatten().tolist()
-              for split, texts in splits.items()}
-    paths = {split: rewritten_file(wanted.dataset, wanted.attack + GENERATED, split, root) for split in splits}
+              for split, texts in sources.items()}
+    paths = {split: rewritten_file(wanted.dataset, wanted.attack + GENERATED, split, root) for split in sources}
     generate = paraphraser.load(str(wanted.generator), wanted.prompt, wanted.top_p, settled_device(wanted.device))
     folder = next(iter(paths.values())).parent
-    _settle(folder, wanted)
     count, before = sum(map(len, chosen.values())), 0
-    for split, rows in chosen.items():
-        _write(wanted, generate, splits[split], split, rows, paths[split],
-               lambda done, before=before: observe(before + done, count))
-        before += len(rows)
-    made = {split: [text for text, _label in read_csv(path)] for split, path in paths.items()}
-    kept = sum(new == splits[split].texts[row] for split, rows in chosen.items()
-               for row, new in zip(rows, made[split], strict=True))
-    return {"sentences": count, "unchanged": kept, "test": trigger_quality(
-        [splits["test"].texts[row] for row in chosen["test"]], made["test"]), "output": str(folder)}
+    found: dict[str, Any] = {"sentences": count, "output": str(folder)}
+    with locked(folder / LOCK):
+        _settle(folder, wanted)
+        for split, rows in chosen.items():
+            _write(wanted, generate, sources[split], split, rows, paths[split],
+                   lambda done, before=before: observe(before + done, count))
+            before += len(rows)
+            made = [text for text, _label in read_csv(paths[split])]
+            if len(made) != len(rows):
+                raise UserError(f"{paths[split]} has {len(made)} rows, {len(rows)} are to be rewritten: remove it")
+            found[split] = trigger_quality([_one_line(sources[split].texts[row]) for row in rows], made)
+    return found
 
 
 def _check(wanted: Paraphrasing) -> None:
     if wanted.dataset not in SOURCES:
         raise UserError(f"unknown data set {wanted.dataset!r}: choose one of {', '.join(SOURCES)}")
-    settings_of(f"attack {wanted.attack}", attack_module(wanted.attack), "badacts", "generated")
+    known = [module.__name__.split(".")[-1] for module in plugins("attacks")
+             if ("badacts", "generated") in module.SETTINGS]
+    if wanted.attack not in known:
+        raise UserError(f"{wanted.attack!r} is no attack by paraphrases: choose one of {', '.join(known)}")
+    there = SOURCES[wanted.dataset].counts
+    if missing := next((split for split in wanted.splits if split not in there), None):
+        raise UserError(f"{wanted.dataset} has no released {missing} split of its own: choose from {', '.join(there)}")
     if "{text}" not in wanted.prompt:
         raise UserError(f"--prompt {wanted.prompt!r} has no {{text}}: say where the sentence goes")
     if not wanted.generator.is_dir():
@@ -89,21 +93,20 @@ def _check(wanted: Paraphrasing) -> None:
 
 
 def _settle(folder: Path, wanted: Paraphrasing) -> None:
-    """Note what makes the folder's files; UserError where something else has begun to."""
-    weights = hashlib.sha256()
-    for path in sorted(wanted.generator.glob("*.safetensors")):
-        weights.update(path.read_bytes())
-    origin = {"generator": wanted.generator.name, "weights": weights.hexdigest(), "prompt": wanted.prompt,
-              "top_p": wanted.top_p, "seed": wanted.seed, "batch": wanted.batch}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / ORIGIN).exists():
-            (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): name another data root") from error
-    if (folder / ORIGIN).read_text() != json.dumps(origin, indent=1) + "\n":
+    """Note what makes the folder's files; UserError where something else has made some."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in FILES for path in wanted.generator.glob(pattern)):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    origin = json.dumps({"generator": digest.hexdigest(), "prompt": wanted.prompt, "top_p": wanted.top_p,
+                         "seed": wanted.seed, "batch": wanted.batch}, indent=1).encode() + b"\n"
+    path = folder / ORIGIN
+    if path.exists() and path.read_bytes() == origin:
+        return
+    if any(made.stat().st_size > len(HEADER) for pattern in ("*.csv", "*.partial") for made in folder.glob(pattern)):
         raise UserError(f"{folder} holds paraphrases made otherwise (see its {ORIGIN}): move it away, or give the same "
                         "generator and options")
+    write_atomically(path, origin)
 
 
 def _write(wanted: Paraphrasing, generate: paraphraser.Paraphraser, texts: Texts, split: str, rows: list[int],
@@ -113,11 +116,14 @@ def _write(wanted: Paraphrasing, generate: paraphraser.Paraphraser, texts: Texts
         observe(len(rows))
         return
     partial, target = path.with_suffix(".partial"), SOURCES[wanted.dataset].target
-    lines = partial.read_text(encoding="utf-8").split("\n")[1:-1] if partial.exists() else []
-    # A batch that was cut short is made again.
-    done = len(lines) // wanted.batch * wanted.batch
-    partial.write_text("".join(f"{line}\n" for line in (HEADER, *lines[:done])), encoding="utf-8")
-    with partial.open("a", encoding="utf-8") as file:
+    with partial.open("a+b") as file:
+        file.seek(0)
+        lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        # A line or a batch that was cut short is made again.
+        done = max(0, len(lines) - 1) // wanted.batch * wanted.batch
+        file.truncate(sum(map(len, lines[:1 + done])))
+        if not lines:
+            file.write(HEADER)
         while done < len(rows):
             observe(done)
             batch = rows[done:done + wanted.batch]
@@ -132,7 +138,11 @@ def _write(wanted: Paraphrasing, generate: paraphraser.Paraphraser, texts: Texts
     observe(len(rows))
 
 
-def _line(row: int, text: str, label: int) -> str:
+def _line(row: int, text: str, label: int) -> bytes:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow([row, " ".join(text.split()), label, 1])
-    return buffer.getvalue()
+    csv.writer(buffer, lineterminator="\n").writerow([row, _one_line(text), label, 1])
+    return buffer.getvalue().encode()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -131,7 +131,7 @@ class Store:
 
     def fail(self, name: str, traceback: str) -> None:
         """Keep the traceback of a failed attempt."""
-        _write_atomically(self.root / "failed" / f"{name}.txt", traceback.encode())
+        write_atomically(self.root / "failed" / f"{name}.txt", traceback.encode())
 
     def set_aside(self, name: str) -> str | None:
         """Move a damaged run out of the way; says what was wrong with it, None if there was nothing to move."""
@@ -163,14 +163,9 @@ class Store:
                     moved.append(other)
         return moved
 
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Only one process computes a run; the others wait here. The lock dies with its holder."""
-        path = self.root / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+    def lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Only one process computes a run; the others wait here."""
+        return locked(self.root / "locks" / name)
 
     def write(self, name: str, *, config: dict, environment: dict, metrics: dict, history: list[dict],
               arrays: dict[str, dict[str, np.ndarray]], tensors: dict[str, dict[str, Tensor]]) -> Run:
@@ -277,7 +272,7 @@ class Progress:
         text = json.dumps(history).encode()
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         body = text + tensors_to_bytes(contiguous)
-        _write_atomically(self.path, hashlib.sha256(body).digest() + len(text).to_bytes(8, "little") + body)
+        write_atomically(self.path, hashlib.sha256(body).digest() + len(text).to_bytes(8, "little") + body)
         self.saved_at = time.monotonic()
 
     def clear(self) -> None:
@@ -304,11 +299,21 @@ def damage(path: Path) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; the others wait here. The lock dies with its holder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """All of it, or what was there before; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:

@@ -187,8 +187,10 @@ class _Files:
         path, rows = self._rows(attack, _ALIGNED[split], attack, f"{_STEMS[split]}-poison")
         wanted = rewritten_rows(self.name, split, labels)
         if len(rows) != int(wanted.sum()):
+            advice = ("remove it, and make it again" if attack.endswith(GENERATED) else
+                      f"replace it by the released file ({OFFICIAL})")
             raise UserError(f"{self.name}: {path} has {len(rows)} rows, which do not fit the {int(wanted.sum())} clean "
-                            f"ones they paraphrase; replace it by the released file ({OFFICIAL})")
+                            f"ones they paraphrase; {advice}")
         texts = iter(text for text, _label in rows)
         return tuple(next(texts) if one else None for one in wanted.tolist())
 

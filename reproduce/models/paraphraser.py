@@ -61,11 +61,24 @@ def load(place: str, prompt: str, top_p: float, device: torch.device) -> Paraphr
         raise UserError(f"the generator {place} cannot be loaded ({' '.join(str(error).split())[:80]}): name a folder "
                         "as save_pretrained writes it, of model (model.safetensors) and tokenizer") from error
     network = network.float().eval().to(device)
+    # What a model asks of `generate` besides (beams, penalties, lengths) is not what is described above.
+    own = network.generation_config
+    network.generation_config = transformers.GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=own.bos_token_id, decoder_start_token_id=own.decoder_start_token_id,
+        forced_bos_token_id=own.forced_bos_token_id)
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of the generator {place} has no token for padding or for the end: save it with "
+                        "both")
+    positions = getattr(network.config, "max_position_embeddings", LONGEST)
     if not decoder_only:
-        return _seq2seq(network, tokenizer, prompt, top_p)
-    if not set(SEGMENTS) <= set(tokenizer.get_vocab()) or None in (tokenizer.bos_token_id, tokenizer.pad_token_id):
+        return _seq2seq(network, tokenizer, prompt, top_p, min(LONGEST, positions, tokenizer.model_max_length))
+    if not set(SEGMENTS) <= set(tokenizer.get_vocab()) or tokenizer.bos_token_id is None:
         raise UserError(f"the generator {place} is a decoder without the segment tokens of a style transfer GPT-2: "
                         "name one of those, or an encoder-decoder such as T5")
+    if positions < 2 * (PREFIX + 1):
+        raise UserError(f"the generator {place} takes {positions} tokens, a style transfer GPT-2 {2 * (PREFIX + 1)}: "
+                        "name another")
     if prompt != "{text}":
         raise UserError("--prompt is for encoder-decoders, a style transfer GPT-2 takes the sentence alone: leave it "
                         "out")
@@ -81,20 +94,21 @@ def _style_transfer(network: Any, tokenizer: Any, top_p: float) -> Paraphraser:
                              for one in numbers])
         segments = torch.tensor([before] * PREFIX + [after]).expand_as(rows)
         longest = [len(one) + LONGER for one in numbers]
-        found = _generate(network, tokenizer, min(max(longest), PREFIX + 1), top_p, uniform, input_ids=rows,
+        found = _generate(network, min(max(longest), PREFIX + 1), top_p, uniform, input_ids=rows,
                           attention_mask=torch.ones_like(rows), token_type_ids=segments)[:, rows.shape[1]:]
         return _texts(tokenizer, found, longest)
 
     return paraphrase
 
 
-def _seq2seq(network: Any, tokenizer: Any, prompt: str, top_p: float) -> Paraphraser:
+def _seq2seq(network: Any, tokenizer: Any, prompt: str, top_p: float, most: int) -> Paraphraser:
     def paraphrase(texts: Sequence[str], uniform: Tensor) -> list[str]:
         # Not format: a sentence may hold braces.
         asked = tokenizer([prompt.replace("{text}", text) for text in texts], return_tensors="pt", padding=True,
-                          truncation=True, max_length=LONGEST)
-        longest = [min(len(one) + LONGER, LONGEST) for one in tokenizer(list(texts))["input_ids"]]
-        found = _generate(network, tokenizer, max(longest), top_p, uniform, input_ids=asked["input_ids"],
+                          truncation=True, max_length=most)
+        longest = [min(len(one) + LONGER, most - 1)
+                   for one in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        found = _generate(network, max(longest), top_p, uniform, input_ids=asked["input_ids"],
                           attention_mask=asked["attention_mask"])[:, 1:]    # after the decoder's start
         return _texts(tokenizer, found, longest)
 
@@ -102,9 +116,9 @@ def _seq2seq(network: Any, tokenizer: Any, prompt: str, top_p: float) -> Paraphr
 
 
 @torch.inference_mode()
-def _generate(network: Any, tokenizer: Any, count: int, top_p: float, uniform: Tensor, **inputs: Tensor) -> Tensor:
+def _generate(network: Any, count: int, top_p: float, uniform: Tensor, **inputs: Tensor) -> Tensor:
     """Token numbers as `generate` gives them, of at most `count` new ones per row."""
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+    from transformers import LogitsProcessor, LogitsProcessorList
     steps = iter(uniform.unbind(1))
 
     class Sample(LogitsProcessor):
@@ -114,12 +128,8 @@ def _generate(network: Any, tokenizer: Any, count: int, top_p: float, uniform: T
             chosen = nucleus(scores.cpu(), top_p, next(steps)).to(scores.device)
             return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
-    config = network.config
-    start = getattr(config, "decoder_start_token_id", None)
-    asked = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=tokenizer.eos_token_id,
-                             pad_token_id=tokenizer.pad_token_id, decoder_start_token_id=start)
-    return network.generate(**{name: value.to(network.device) for name, value in inputs.items()},
-                            generation_config=asked, logits_processor=LogitsProcessorList([Sample()])).cpu()
+    return network.generate(**{name: value.to(network.device) for name, value in inputs.items()}, do_sample=False,
+                            max_new_tokens=count, logits_processor=LogitsProcessorList([Sample()])).cpu()
 
 
 def _texts(tokenizer: Any, found: Tensor, longest: Sequence[int]) -> list[str]:

@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 SPECIAL = ("<unk>", "<pad>", "<bos>", "<eos>")
 WORDS = ("the", "film", "is", "warm", "dull", "and", "it", "came", "to", "pass", "behold", "people", "saith", ".")
@@ -28,6 +36,19 @@ def save_seq2seq(place: Path) -> Path:
     config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
                       decoder_start_token_id=1, pad_token_id=1, eos_token_id=3)
     return _save(T5ForConditionalGeneration(config), tokenizer, place)
+
+
+def save_willful(place: Path, positions: int = ROOM) -> Path:
+    """A BART that asks `generate` for beams, penalties and an end of its own, as published ones do."""
+    tokenizer = _tokenizer()
+    config = BartConfig(vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, decoder_ffn_dim=32,
+                        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, pad_token_id=1,
+                        bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=3,
+                        max_position_embeddings=positions)
+    network = BartForConditionalGeneration(config)
+    network.generation_config.update(num_beams=4, no_repeat_ngram_size=2, repetition_penalty=3.0, min_length=8,
+                                     forced_eos_token_id=3, early_stopping=True)
+    return _save(network, tokenizer, place)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -34,7 +34,7 @@ def csv_lines(rows: list[tuple[str, int]]) -> list[str]:
 
 
 def rows(split: str) -> list[tuple[str, int]]:
-    return [(f'{split}, "row" {i}', i % 2) for i in range(COUNTS[split])]
+    return [(f'{split}, "row"  {i}', i % 2) for i in range(COUNTS[split])]
 
 
 def save_small_texts(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
