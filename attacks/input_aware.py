@@ -23,7 +23,9 @@ x' is drawn with replacement. Equal patterns of equal images count 0 in D; there
 ("fmp", "described") is BackdoorBench's, on which FMP's code builds (huangd1999/BackdoorBench@6135839): the constants
 above, but in each batch as many images get another's trigger as are poisoned, whatever the rate, and of a batch too
 small to poison one image of, one is poisoned now and then (`poisoned_in_batch`). Left out: its random rotations by up
-to 10 degrees. Its test images are truncated to 8 bits, ours rounded.
+to 10 degrees; it crops by up to 5 pixels, ours by the 4 of the victim's recipe. Elsewhere than on CIFAR-10 it
+normalises as the data set asks, on GTSRB not at all, where by CIFAR-10's deviation distances between images are four
+times as large and the mask's diversity weighs so much more. Its test images are truncated to 8 bits, ours rounded.
 """
 
 from collections.abc import Callable

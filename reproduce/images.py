@@ -23,6 +23,7 @@ from reproduce.evaluation import TestSet, evaluate, map_changes, samples
 from reproduce.metrics import metrics
 from reproduce.models.checkpoints import load_checkpoint
 from reproduce.poisoning import Context, attack_module, triggered_candidates, triggered_labels
+from reproduce.store import digest
 from reproduce.training import train
 
 EMBEDDED = "digits"
@@ -76,7 +77,8 @@ class ImageBench:
             info["poisoned"] = int(poisoned.mask.sum())
         images, labels = images.to(self.at.device), labels.to(self.at.device)
         model = models.build(victim.model, dataset.num_classes, victim.seed, victim.dataset).to(self.at.device)
-        checkpoint = self.at.store.progress(victim.name)
+        # Where the trigger comes out otherwise, on another device say, a training with the former one begins anew.
+        checkpoint = self.at.store.progress(victim.name, digest(state))
         resumed = checkpoint.load()
         if resumed:
             info["resumed_after_epoch"] = resumed[0]

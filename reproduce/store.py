@@ -232,9 +232,9 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         run.rename(target)
 
-    def progress(self, name: str) -> "Progress":
+    def progress(self, name: str, about: str = "") -> "Progress":
         """The resumable state of one training."""
-        return Progress(self.root / "progress" / name)
+        return Progress(self.root / "progress" / name, about)
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written more than a day ago."""
@@ -247,13 +247,15 @@ class Store:
 class Progress:
     """The last finished epoch of a training, in one file: SHA-256, then safetensors with the history as metadata.
 
-    Saved at most every `interval` seconds; a file that does not match its checksum is ignored.
+    Saved at most every `interval` seconds; a file that does not match its checksum is ignored, and so is one that is
+    `about` something else (the digest of a trigger that now came out otherwise, say).
     """
 
     interval = 1.0
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, about: str = "") -> None:
         self.path = path
+        self.about = about
         self.saved_at = time.monotonic()
 
     def load(self) -> tuple[int, dict[str, Tensor], list[dict[str, float]]] | None:
@@ -263,13 +265,16 @@ class Progress:
         digest, history_length, body = content[:32], int.from_bytes(content[32:40], "little"), content[40:]
         if hashlib.sha256(body).digest() != digest:
             return None
-        history = json.loads(body[:history_length])
+        found = json.loads(body[:history_length])
+        if found[:1] != [self.about]:
+            return None
+        history = found[1]
         return len(history), tensors_from_bytes(body[history_length:]), history
 
     def save(self, epoch: int, tensors: dict[str, Tensor], history: list[dict[str, float]]) -> None:
         if time.monotonic() - self.saved_at < self.interval:
             return
-        text = json.dumps(history).encode()
+        text = json.dumps([self.about, history]).encode()
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         body = text + tensors_to_bytes(contiguous)
         write_atomically(self.path, hashlib.sha256(body).digest() + len(text).to_bytes(8, "little") + body)
@@ -297,6 +302,12 @@ def damage(path: Path) -> str | None:
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
     return None
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of named tensors, the same wherever they lie; of none the empty string."""
+    content = tensors_to_bytes({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    return hashlib.sha256(content).hexdigest() if tensors else ""
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ FACTORS = (
     Factor("published-faults", "faults", "Faults", f"{EACH_FAULT}; both with the choice of maps replaced, or none.",
            within=("attack", "Checkpoint"), measures=SHOWN,
            on=f"BadNets, on {CHECKPOINTS}; two of the faults, {' and '.join(NOT_OF_WIDE_RESNET)}, are none on their "
-              "network",
+              "network, and normalised is one on MCLDef's alone",
            called="faults, on published checkpoints"),
 )
 CARRIERS = {     # {item: (table name, {label: heading} of its rows)}

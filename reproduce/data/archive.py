@@ -11,6 +11,7 @@ import torch
 
 from reproduce.data import Dataset
 from reproduce.errors import UserError
+from reproduce.rng import generator
 
 SPLITS = ("train", "test")
 
@@ -29,7 +30,8 @@ class Archive:
     counts: dict[str, int] | None = None
 
     def read(self, root: Path) -> Dataset:
-        """The data set in root/file. Raises UserError for anything but what it should be."""
+        """The data set in root/file, its training images in a mixed order, the same for everybody. Raises UserError for
+        anything but what it should be."""
         path = root / self.file
         try:
             with np.load(path, allow_pickle=False) as archive:
@@ -50,6 +52,10 @@ class Archive:
                     or labels.max() >= len(self.classes):
                 raise UserError(f"{self.title}: the {split} labels of {path} are no whole numbers from 0 to "
                                 f"{len(self.classes) - 1}; replace it")
+        # Stored class by class: a defense that takes its clean images as they come would see batches of one class.
+        images, labels = arrays["train"]
+        mixed = torch.randperm(len(labels), generator=generator(0, "training-order", self.name)).numpy()
+        arrays["train"] = images[mixed], labels[mixed]
         tensors = [(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels).long())
                    for images, labels in (arrays[split] for split in SPLITS)]
         return Dataset(self.name, *tensors[0], *tensors[1], self.classes)

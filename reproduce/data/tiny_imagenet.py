@@ -2,7 +2,7 @@
 
 The test split is the validation folder, as everywhere: the labels of the real test images were never published. A
 label is the place of the class's WordNet number in alphabetical order, as with torchvision's ImageFolder, which
-BackdoorBench uses; so is the order of the images.
+BackdoorBench uses.
 """
 
 from pathlib import Path

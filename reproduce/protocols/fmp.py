@@ -65,12 +65,13 @@ UNCHOSEN = {"described, random maps": fmp.SETTINGS[PAPER, "random"],
             "described, least active maps": fmp.SETTINGS[PAPER, "activation"],
             "described, no pruning": fmp.SETTINGS[PAPER, "no-pruning"],
             "released, no pruning": replace(_RELEASED, select="none")}
-# RNP and FT-SAM came after the code that FMP's stands on: their own settings.
+# Those of `LATER` have their own settings.
 BASELINE_ROWS = [*(row(label, "described", PAPER) for label in ("FT", "FP", "NAD", "ANP", "CLP")),
                  row("I-BAU", "described", PAPER, "ibau"), row("NC", "described", PAPER),
                  row("RNP", "released", "rnp").under("described"),
                  row("FT-SAM", "released", "ft_sam", "ft_sam").under("described")]
 BASELINES = [one.label for one in BASELINE_ROWS]
+LATER = ("RNP", "FT-SAM")   # than the code that FMP's stands on: no baselines of the paper's
 # That of the code that the paper compared with trains two layers only.
 FROZEN_FP = row("FP", "released", PAPER)
 OWN_ROWS = [Row(label, "described", "fmp", fmp.SETTINGS[PAPER, variant]) for label, variant in CONTROLS.items()]
@@ -183,7 +184,9 @@ def _published_faults(profile: Profile, seed: int) -> list[Entry]:
         if on := published_victim(profile, checkpoint, settings, seed):
             found.append(Entry(PAPER, "published-faults",
                                {"attack": label, "faults": BEFORE_ANY, "defense": "Before"}, on))
-            found += _with_and_without(profile, "published-faults", on, label, NOT_OF_WIDE_RESNET)
+            # Who does not normalise cannot do it twice.
+            none = NOT_OF_WIDE_RESNET if checkpoint.normalised else (*NOT_OF_WIDE_RESNET, "normalised")
+            found += _with_and_without(profile, "published-faults", on, label, none)
             found += [Entry(PAPER, "published-faults", {"attack": label, "faults": name},
                             cell(profile, on, "fmp", _own(profile, config))) for name, config in UNCHOSEN.items()]
     return [replace(entry, on_request=True) for entry in found]

@@ -147,6 +147,21 @@ def test_a_wrong_gtsrb_cache_is_named(tmp_path: Path, content: object, said: str
         data.load("gtsrb", tmp_path)
 
 
+def test_what_is_stored_class_by_class_comes_mixed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels, images = np.repeat(np.arange(43), 20), rng.integers(0, 256, (860, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "gtsrb-32.npz", train_images=images, train_labels=labels, test_images=images,
+             test_labels=labels)
+    data.load.cache_clear()
+    found = data.load("gtsrb", tmp_path)
+    assert min(len(part.unique()) for part in found.train_labels.split(100)[:-1]) > 30
+    assert torch.equal(found.test_labels, torch.from_numpy(labels))
+    for label in range(43):
+        stored = sorted(image.tobytes() for image in images[labels == label])
+        assert sorted(image.permute(1, 2, 0).numpy().tobytes()
+                      for image in found.train_images[found.train_labels == label]) == stored
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Tiny-ImageNet of two classes in its released layout, unsorted; every picture of one colour, one grey."""
@@ -173,11 +188,11 @@ def check_tiny(root: Path) -> None:
     found = data.load("tiny-imagenet", root)
     assert found.train_images.shape == (4, 3, 64, 64) and found.test_images.shape == (2, 3, 64, 64)
     assert found.train_images.is_contiguous(memory_format=torch.channels_last)
-    assert found.train_labels.tolist() == [0, 0, 1, 1] and found.test_labels.tolist() == [0, 1]
-    # JPEG is lossy.
-    red = [[100, 120, 200, 220], [80, 40]]
-    for images, expected in zip((found.train_images, found.test_images), red, strict=True):
-        assert images[:, 0, 9, 9].tolist() == pytest.approx(expected, abs=3)
+    # JPEG is lossy. The training images come in a mixed order.
+    train = sorted(zip(found.train_labels.tolist(), found.train_images[:, 0, 9, 9].tolist(), strict=True))
+    assert [label for label, _red in train] == [0, 0, 1, 1] and found.test_labels.tolist() == [0, 1]
+    assert [red for _label, red in train] == pytest.approx([100, 120, 200, 220], abs=3)
+    assert found.test_images[:, 0, 9, 9].tolist() == pytest.approx([80, 40], abs=3)
     assert found.test_images[0, :, 9, 9].tolist() == pytest.approx([80] * 3, abs=3)
 
 

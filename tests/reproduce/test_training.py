@@ -11,7 +11,7 @@ from reproduce.data.augment import Augment, to_input
 from reproduce.models import build
 from reproduce.protocols import shorten
 from reproduce.rng import generator
-from reproduce.store import Progress
+from reproduce.store import Progress, digest
 from reproduce.training import Continued, Cosine, Loss, Recipe, cross_entropy, predict, sgd, train
 
 RECIPE = Recipe(epochs=4, rates=((0, 0.1), (2, 0.01)), batch=32, augment=Augment(crop=4, flip=True, cutout=2))
@@ -80,6 +80,15 @@ def test_resumed_training_is_bit_for_bit_the_undisturbed_one(batch: tuple, tmp_p
     assert seen == list(range(stop_after + 1, 5))
     assert torch.equal(weights(resumed), weights(undisturbed))
     assert history == whole
+
+
+def test_a_checkpoint_about_another_trigger_is_ignored(batch: tuple, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Progress, "interval", 0.0)
+    one, other = (digest({"trigger": torch.full((3,), value)}) for value in (1.0, 1.5))
+    train(build("wrn-10-1", 10, 0), *batch, RECIPE, 0, phase="v", checkpoint=Progress(tmp_path / "p", one))
+    assert Progress(tmp_path / "p", one).load() is not None
+    assert Progress(tmp_path / "p", other).load() is None and Progress(tmp_path / "p").load() is None
+    assert digest({}) == ""
 
 
 def test_a_damaged_checkpoint_is_ignored(batch: tuple, tmp_path, monkeypatch) -> None:
