@@ -161,7 +161,7 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     """A copy of `model` with the selected maps pruned, fine-tuned on the clean images.
 
     info: the layers that maps are pruned from, the pruned maps of each, and how many of how many; where maps are
-    scored, the range of the scores and the accuracy (percent) on the scoring images as they are.
+    scored, the range of the scores and the accuracy (percent) on the scoring images undisturbed, as they are scored.
     tensors, of M maps: layer int64 (M,), a number in info["layers"]; pruned bool (M,); where maps are ranked, scores
     float32 (M,), accuracies in percent or activities, each beside the map it was measured on.
     """

@@ -9,7 +9,7 @@ weights instead, where "nearby" is measured relative to each weight, so that lar
 
 Constants: SCLBD/BackdoorBench@f02e353 (ft: defense/ft-sam.py, sam: utils/defense_utils/sam/sam.py, yaml:
 config/defense/ft-sam/cifar10.yaml); no repository of the paper's own was found. Both passes use batch statistics and
-only the first counts for the running ones (sam:168, util.py:6-12). The gradient decomposition of sam:180 has weight 0
+only the first counts for the running ones (sam:168, util.py:6-12). The gradient decomposition of sam:174 has weight 0
 (yaml:32) and is left out.
 
 The learning rate. The official loop advances its cosine after every batch (ft:302), not after every epoch as the 100
@@ -17,9 +17,10 @@ epochs and the T_max of 100 suggest. So the rate falls to 0 within 100 steps and
 100 epochs of 10 batches, and ends where it began. `annealed` is that half period in steps, for ("ft_sam", "released");
 ("ft_sam", "described") has the cosine over 100 epochs. The recorded rate is that of the recipe's epochs.
 
-Departures. The recorded loss is that at w + e, without the entropy of the smoothed label, a constant. A step in a CUDA
-graph could not change its rate, so `graph` has no effect with `annealed`. As in the official code the last epoch is
-kept. Images are in [0, 1]; normalisation is a matter of the model. The paper's text was not readable to us.
+Departures. Its clean images are drawn class by class (ft:431), ours as everybody's here. The recorded loss is that at w
++ e, without the entropy of the smoothed label, a constant. A step in a CUDA graph could not change its rate, so `graph`
+has no effect with `annealed`. As in the official code the last epoch is kept. Images are in [0, 1]; normalisation is a
+matter of the model. The paper's text was not readable to us.
 """
 
 from copy import deepcopy
