@@ -61,6 +61,8 @@ def maps(results: Results) -> Figure | None:
                 axis.scatter(kept.layer, kept.change, s=3, color="0.7", linewidth=0, label="kept")
                 axis.scatter(cut.layer, cut.change, s=9, color=look(METHOD)[0], marker="x", linewidth=0.8,
                              label="pruned")
+                if part.empty:
+                    axis.text(0.5, 0.5, "not run", color="0.5", ha="center", va="center", transform=axis.transAxes)
                 axis.set_title(f"{attack}, {variant}")
                 axis.set_yscale("log")
                 axis.xaxis.get_major_locator().set_params(integer=True)

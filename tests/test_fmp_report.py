@@ -103,6 +103,15 @@ def test_every_item_has_its_figure(results: Results) -> None:
     assert figures.figures(Results(Store(Path("nowhere")), [])) == []
 
 
+def test_a_panel_without_a_run_says_so(tmp_path: Path) -> None:
+    found = entries(QUICK, [PAPER], ["main"])
+    few = [entry for entry in found if (entry.labels["attack"], entry.labels.get("variant")) != ("SSBA", "released")]
+    results = Results(made(tmp_path, few).store, found)
+    drawn = next(figure for figure in figures.figures(results) if figure.name == f"{PAPER}-maps").draw()
+    said = {axis.get_title(): [text.get_text() for text in axis.texts] for axis in drawn.axes}
+    assert said.pop("SSBA, released") == ["not run"] and said and not any(said.values())
+
+
 def test_every_variant_that_ran_has_its_mark(results: Results) -> None:
     data = next(figure for figure in figures.figures(results, smoke=True) if figure.name == f"{PAPER}-trade-off").data
     names = set(data.series)
