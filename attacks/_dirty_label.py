@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from reproduce.data.texts import GENERATED
+
 
 @dataclass(frozen=True)
 class DirtyLabel:
@@ -20,4 +22,4 @@ class Rewriting(DirtyLabel):
 
     def files(self, attack: str) -> str:
         """The name that the attack's paraphrases go by in a data root."""
-        return attack if self.origin == "released" else f"{attack}-{self.origin}"
+        return attack + GENERATED if self.origin == "generated" else attack

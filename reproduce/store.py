@@ -179,8 +179,7 @@ class Store:
                 np.savez_compressed(buffer, **content)
                 (partial / f"{stem}.npz").write_bytes(buffer.getvalue())
             for stem, content in tensors.items():
-                contiguous = {key: value.detach().cpu().contiguous() for key, value in content.items()}
-                (partial / f"{stem}.safetensors").write_bytes(tensors_to_bytes(contiguous))
+                (partial / f"{stem}.safetensors").write_bytes(serialised(content))
             target = self._publish(partial, name)
         (self.root / "failed" / f"{name}.txt").unlink(missing_ok=True)
         self.progress(name).clear()
@@ -275,8 +274,7 @@ class Progress:
         if time.monotonic() - self.saved_at < self.interval:
             return
         text = json.dumps([self.about, history]).encode()
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        body = text + tensors_to_bytes(contiguous)
+        body = text + serialised(tensors)
         write_atomically(self.path, hashlib.sha256(body).digest() + len(text).to_bytes(8, "little") + body)
         self.saved_at = time.monotonic()
 
@@ -304,10 +302,14 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def serialised(tensors: dict[str, Tensor]) -> bytes:
+    """Named tensors as safetensors has them, wherever they lie."""
+    return tensors_to_bytes({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
 def digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of named tensors, the same wherever they lie; of none the empty string."""
-    content = tensors_to_bytes({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    return hashlib.sha256(content).hexdigest() if tensors else ""
+    return hashlib.sha256(serialised(tensors)).hexdigest() if tensors else ""
 
 
 @contextlib.contextmanager

@@ -202,8 +202,10 @@ class _Files:
             if path.is_file():
                 return path, read_csv(path)
         if folder.endswith(GENERATED):
+            split = next(split for split, aligned in _ALIGNED.items() if aligned == stem)
             raise UserError(f"{self.name}: {here / stem}.csv is missing: make it with python -m reproduce paraphrase "
-                            f"--attack {folder.removesuffix(GENERATED)} --dataset {self.name} and a generator of yours")
+                            f"--attack {folder.removesuffix(GENERATED)} --dataset {self.name} --split {split} and a "
+                            "generator of yours")
         raise UserError(f"{self.name}: {here / stem}.csv[.xz] is missing: clone {OFFICIAL} as {self.root / 'BadActs'}, "
                         "or name another folder with --data-root or BACKDOOR_DATA")
 

@@ -229,5 +229,6 @@ def test_a_file_of_another_length_is_said(call: Callable[..., Result], root: Pat
 
 
 def test_what_is_missing_says_how_to_make_it(root: Path) -> None:
-    with pytest.raises(UserError, match="make it with python -m reproduce paraphrase --attack synbkd --dataset small"):
+    with pytest.raises(UserError, match="make it with python -m reproduce paraphrase --attack synbkd --dataset small "
+                                        "--split test and"):
         load_texts("small", root).paraphrases("synbkd-generated", "test")
