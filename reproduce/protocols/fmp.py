@@ -104,8 +104,9 @@ def entries(profile: Profile) -> list[Entry]:
     found: list[Entry] = []
     for seed in profile.seeds:
         found += _published_faults(published, seed)
-    for seed in filter(profile.sweeps, profile.seeds):      # a second seed of a shortened scale would take too long
-        found += _main(profile, "main", seed)
+        if profile.sweeps(seed) or not profile.smoke:   # a second seed would take the smoke scale too long
+            found += _main(profile, "main", seed)
+    for seed in filter(profile.sweeps, profile.seeds):
         found += _five_percent(profile, seed) + _faults(profile, seed) + _sweeps(profile, seed)
         found += _poison_rates(profile, seed)
         for dataset in profile.elsewhere:
