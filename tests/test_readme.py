@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ import torch
 from click.testing import CliRunner
 
 from reproduce import report
+from reproduce.cells import with_dependencies
 from reproduce.cli import main
+from reproduce.engine import expected
 from reproduce.models import build
+from reproduce.protocols import PAPERS, PROFILES, entries
+from reproduce.store import Store
 from tests.defenses.text_victim import save_suspect
 from tests.reproduce.generators import save_style_transfer
 from tests.reproduce.small_texts import save_small_texts
@@ -70,6 +75,17 @@ def test_driver_commands_are_understood(command: str, tmp_path: Path) -> None:
     done = run(command.replace("./run_all.sh", "python -m reproduce run"), tmp_path, *more)
     assert done.returncode == 0, done.stderr
     assert ("--profile" if "--help" in command else "runs, seeds") in done.stdout
+
+
+def test_how_long_a_paper_takes(tmp_path: Path) -> None:
+    def written(paper: str, profile: str) -> str:
+        chosen = PROFILES[profile] if profile != "paper" else replace(PROFILES[profile], seeds=(0,))
+        tasks = with_dependencies([entry.task for entry in entries(chosen, [paper])])
+        hours = sum(expected(tasks, Store(tmp_path)).values()) / 3600
+        return f"{len(tasks)} runs" + (f", {float(f'{hours:.2g}'):g} h" if profile != "quick" else "")
+
+    for paper, title in PAPERS.items():
+        assert " | ".join([f"| {title}", *(written(paper, profile) for profile in PROFILES)]) + " |" in README
 
 
 def test_the_first_command_on_a_few_runs(tmp_path: Path) -> None:
