@@ -1,4 +1,5 @@
-"""All defenses on all attacks: the cross tables, ranks with tests, and what each defense costs."""
+"""All defenses on all attacks: the cross tables, ranks with tests, what each defense costs, and what it does to a
+network without a backdoor."""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +8,26 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from defenses.nc import THRESHOLD
+from reproduce.protocols.cross import NO_BACKDOOR, PAPER
 from reproduce.results import Results
-from reproduce.statistics import ALPHA, Ranking, ranking
-from tables.comparison import if_present, probability, rows
-from tables.layout import BEFORE, common, defense_grid, estimates, measured, not_taken, printed, table
+from reproduce.statistics import ALPHA, Ranking, holm, ranking
+from tables.comparison import bounds, if_present, probability, rows
+from tables.layout import (
+    BEFORE,
+    common,
+    compare,
+    defense_grid,
+    estimates,
+    mean_difference,
+    measured,
+    not_taken,
+    pairs,
+    printed,
+    table,
+)
 from tables.render import MISSING, Table, Value, heading
 
-PAPER = "cross"
 REFERENCE = "FT"
 MEASURES = ("asr", "acc", "ra")
 
@@ -27,6 +41,7 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
             caption="The same victims, clean subset and seeds for all."))
     built += if_present(results, PAPER, "main", lambda: ranks(results))
     built += if_present(results, PAPER, "main", lambda: cost(results))
+    built += if_present(results, PAPER, NO_BACKDOOR, lambda: no_backdoor(results))
     return [replace(entry, name=f"{PAPER}-{entry.name}") for entry in built if len(entry.frame)]
 
 
@@ -113,3 +128,47 @@ def cost(results: Results, measures: Sequence[str] = tuple(COSTS)) -> Table:
                  "machine took longer than they need. Images: forward passes, in images, of the victim's network and "
                  "its copies. Values changed: weights and BatchNorm statistics that differ from the victim's.",
                  pd.DataFrame(shown), data, frame)
+
+
+def no_backdoor(results: Results) -> Table:
+    """What each defense does to the accuracy of a network that was never attacked, and whether it suspects one."""
+    frame = rows(results, PAPER, NO_BACKDOOR, "attack", "defense", "variant")
+    before = frame[frame.defense == BEFORE]
+    data = estimates(frame, ["defense"], ["acc"])
+    parts = [measured(frame[frame.defense == defense], "acc") for defense in data.defense]
+    data = data.join(pd.DataFrame([change(results, part, before) | suspicion(results, part) for part in parts]))
+    data["p_holm"] = holm(data.p.to_list())
+    shown = []
+    for row in data.iloc:
+        moved = Value(f"{row.change:+.2f}{bounds(row.change_low, row.change_high, 2, '+')}")
+        looked = {"Anomaly index": Value(f"{row.anomaly_index:.2f}"),
+                  "Suspects a backdoor": Value(f"{row.suspected} of {row.looked}")}
+        shown.append({"Defense": row.defense, "ACC": printed(row),
+                      "Change": Value(MISSING) if math.isnan(row.change) else moved,
+                      "p (Holm)": Value(probability(row.p_holm)),
+                      **(looked if row.looked else dict.fromkeys(looked, Value(MISSING))), "n": Value(str(row.n))})
+    return table(NO_BACKDOOR, "Every defense on a network without a backdoor",
+                 "Trained as the victims are, on the same images, none of them poisoned. Change: ACC after minus "
+                 "before, in points, with a 95 % interval over seeds (paired t test), of one seed over test images "
+                 "(exact McNemar test); Holm over the table. Anomaly index: Neural Cleanse's, of the class with the "
+                 f"smallest mask, mean over seeds; how often it is above {THRESHOLD:g}, which says that there is a "
+                 "backdoor. Only defenses that look for one have it.", pd.DataFrame(shown), data, frame)
+
+
+def change(results: Results, part: pd.DataFrame, before: pd.DataFrame) -> dict[str, float]:
+    """ACC of a defense's runs minus that of the networks they began with: mean, 95 % interval, p."""
+    both = pairs(part, before, "acc") if not part.defense.isin([BEFORE]).any() else []
+    if not both:
+        return dict.fromkeys(("change", "change_low", "change_high", "p"), math.nan)
+    found = mean_difference(results, both, "acc")
+    return {"change": found.mean, "change_low": found.low, "change_high": found.high,
+            "p": compare(results, part, before, "acc").p}
+
+
+def suspicion(results: Results, part: pd.DataFrame) -> dict[str, float | int | str]:
+    """How many of a defense's runs looked for a backdoor, their mean index, how many found one, and which labels."""
+    infos = [results.finished(name).json("metrics")["info"] for name in part.run]
+    looked = [info for info in infos if "anomaly_index" in info]
+    found = [info for info in looked if info["anomaly_index"] > THRESHOLD]
+    return {"looked": len(looked), "suspected": len(found), "labels": " ".join(str(info["target"]) for info in found),
+            "anomaly_index": float(np.mean([info["anomaly_index"] for info in looked])) if looked else math.nan}

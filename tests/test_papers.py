@@ -16,7 +16,7 @@ import tables.cross
 import tables.mcldef
 import tables.nad
 from reproduce import claims
-from reproduce.cells import Victim
+from reproduce.cells import Cell, Victim
 from reproduce.claims import criteria
 from reproduce.protocols import PROFILES, Profile, entries
 from reproduce.results import Results
@@ -59,7 +59,7 @@ TABLES = {
     "mcldef": {"main", "main-acc", "published", "triggers", "target-class", "main-complete", "main-averages",
                "main-significance", "main-significance-2", "main-significance-3", "clean-fraction", "temperature",
                "inversion", "variants", "anp-threshold", "cost"},
-    "cross": {"asr", "acc", "ra", "ranks", "cost"},
+    "cross": {"asr", "acc", "ra", "ranks", "cost", "no-backdoor"},
 }
 FIGURES = {
     "argd": {"main", "clean-fraction", "teacher", "terms", "variants", "attention-maps"},
@@ -109,6 +109,23 @@ def test_ranks_put_the_lowest_asr_first(results: dict[str, Results]) -> None:
     assert asr.idxmin() == "MCLDef" and asr.idxmax() == "FT"
     cost = next(t for t in tables.cross.tables(results["cross"]) if t.name == "cross-cost")
     assert set(cost.data[cost.data.measure == "images"]["mean"]) == {12345}
+
+
+def test_what_a_network_without_a_backdoor_loses_and_who_suspects_it(results: dict[str, Results]) -> None:
+    table = next(t for t in tables.cross.tables(results["cross"]) if t.name == "cross-no-backdoor")
+    frame = results["cross"].frame("cross", "no-backdoor").set_index("defense").acc
+    shown, data = table.frame.set_index("Defense"), table.data.set_index("defense")
+    assert data.change["FT"] == pytest.approx(frame["FT"] - frame["Before"]) and data.change["FT"] < 0
+    assert data.change_low["FT"] < data.change["FT"] < data.change_high["FT"]
+    assert [str(shown.loc[name, "Suspects a backdoor"]) for name in ("Before", "FT", "NC")] == ["-", "-", "1 of 1"]
+    assert data.labels["NC"] == "5" and str(shown.loc["Before", "Change"]) == "-"
+
+
+def test_nobody_is_told_the_target_where_there_is_none() -> None:
+    for profile in PROFILES.values():
+        cells = [entry.task for entry in entries(profile, ["cross"], ["no-backdoor"])]
+        assert {task.victim.attack for task in cells} == {"none"}
+        assert all(getattr(task.config, "target", None) is None for task in cells if isinstance(task, Cell))
 
 
 def test_the_terms_of_argd_are_compared_with_its_nodes(results: dict[str, Results]) -> None:

@@ -80,6 +80,10 @@ class Profile:
         """Whether factors are varied at this seed: outside the exact protocol at one alone."""
         return not self.shortened or seed == self.seeds[0]
 
+    def repeats(self, seed: int) -> bool:
+        """Whether what takes long is run at this seed: at smoke scale at one alone."""
+        return not self.smoke or seed == self.seeds[0]
+
     def attacks(self, listed: Iterable[str], seed: int) -> list[str]:
         """Those of the listed attacks that are run at this seed: for a second seed to show, two are enough."""
         return list(listed)[:2] if self.smoke and seed != self.seeds[0] else list(listed)

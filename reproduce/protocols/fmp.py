@@ -104,7 +104,7 @@ def entries(profile: Profile) -> list[Entry]:
     found: list[Entry] = []
     for seed in profile.seeds:
         found += _published_faults(published, seed)
-        if profile.sweeps(seed) or not profile.smoke:   # a second seed would take the smoke scale too long
+        if profile.repeats(seed):
             found += _main(profile, "main", seed)
     for seed in filter(profile.sweeps, profile.seeds):
         found += _five_percent(profile, seed) + _faults(profile, seed) + _sweeps(profile, seed)
