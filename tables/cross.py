@@ -157,7 +157,7 @@ def no_backdoor(results: Results) -> Table:
 
 def change(results: Results, part: pd.DataFrame, before: pd.DataFrame) -> dict[str, float]:
     """ACC of a defense's runs minus that of the networks they began with: mean, 95 % interval, p."""
-    both = pairs(part, before, "acc") if not part.defense.isin([BEFORE]).any() else []
+    both = pairs(part[part.defense != BEFORE], before, "acc")
     if not both:
         return dict.fromkeys(("change", "change_low", "change_high", "p"), math.nan)
     found = mean_difference(results, both, "acc")

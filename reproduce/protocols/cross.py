@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from reproduce.protocols import Entry, Profile, fmp
 from reproduce.protocols.comparison import BETA_ZERO, Row, comparison, row, victim
-from reproduce.protocols.mcldef import ATTACKS, ESTIMATED, MAIN_ROWS, OWN_ROWS, SMOKE_ATTACKS
+from reproduce.protocols.mcldef import ATTACKS, MAIN_ROWS, OWN_ROWS, SMOKE_ATTACKS, UNTOLD
 
 PAPER = "cross"
 NO_BACKDOOR = "no-backdoor"
@@ -25,11 +25,8 @@ ROWS = [row("FT", "released", "nad"), row("FP", "described", "nad"), row("MCR", 
         row("CLP", "released", "clp"), row("RNP", "released", "rnp"), row("FT-SAM", "released", "ft_sam", "ft_sam"),
         FMP]
 MORE_ATTACKS = {label: (fmp.ATTACKS[label], fmp.PAPER) for label in ("Low-frequency", "SSBA")}
-
-
-UNTOLD_ROWS = [next(other for other in OWN_ROWS if other.label == ESTIMATED) if one is OWN_ROWS[-1] else one
-               for one in ROWS]
-SMOKE_UNTOLD = ("FT", "NC", ESTIMATED)
+UNTOLD_ROWS = [UNTOLD if one is OWN_ROWS[-1] else one for one in ROWS]
+SMOKE_UNTOLD = ("FT", "NC", UNTOLD.label)
 
 
 def entries(profile: Profile) -> list[Entry]:
