@@ -83,13 +83,15 @@ def main() -> None:
 class Selection:
     """Which part of which protocol, and where its results are."""
 
-    profile_name: str | None
-    papers: tuple[str, ...]
-    items: tuple[str, ...]
-    seeds: int | None
-    folder: Path | None
-    precision: str
-    encoder: str | None
+    profile_name: str | None = None
+    papers: tuple[str, ...] = ()
+    items: tuple[str, ...] = ()
+    attacks: tuple[str, ...] = ()
+    defenses: tuple[str, ...] = ()
+    seeds: int | None = None
+    folder: Path | None = None
+    precision: str = "fp32"
+    encoder: str | None = None
 
     @property
     def why(self) -> str:
@@ -105,10 +107,12 @@ class Selection:
         if self.encoder and self.encoder != profile.encoder:
             note = f"{profile.note}, but for {self.encoder} as the encoder of texts"
             profile = dataclasses.replace(profile, encoder=self.encoder, note=note)
+        if alone := "; ".join((*self.attacks, *self.defenses)):
+            profile = dataclasses.replace(profile, only=f"nothing but {alone}", note=f"{profile.note}; only {alone}")
         return dataclasses.replace(profile, seeds=tuple(range(self.seeds))) if self.seeds else profile
 
     def entries(self, profile: Profile) -> list[Entry]:
-        return entries(profile, list(self.papers or PAPERS), list(self.items))
+        return entries(profile, list(self.papers or PAPERS), self.items, self.attacks, self.defenses)
 
     @property
     def place(self) -> Path:
@@ -129,6 +133,9 @@ SELECTION = options(
                  "CUDA is present, else quick."),
     click.option("--paper", "papers", multiple=True, type=click.Choice(list(PAPERS)), help="Only these; repeatable."),
     click.option("--item", "items", multiple=True, help="Only these tables (main, clean-fraction, ...); repeatable."),
+    click.option("--attack", "attacks", multiple=True, help="Only these attacks, as tables name them; repeatable."),
+    click.option("--defense", "defenses", multiple=True, help="Only these defenses, as tables name them, and the "
+                 "victims before any; repeatable."),
     click.option("--seeds", type=click.IntRange(1, 100), help="Seeds 0 to N-1; default: the profile's."),
     click.option("--results", "folder", type=click.Path(file_okay=False, path_type=Path),
                  help="Where results go; default: results/<profile>."),
@@ -286,7 +293,8 @@ def _check_holds_runs(results: Results) -> None:
     tasks = with_dependencies([entry.task for entry in results.entries])
     if there.isdisjoint(task.name for task in tasks):
         raise UserError(f"none of the {len(there)} runs in {store.root} is one of these {len(tasks)}: name the "
-                        "--profile, --paper, --item, --encoder and --precision that they were made with")
+                        "--profile, --paper, --item, --attack, --defense, --encoder and --precision that they were "
+                        "made with")
 
 
 def _check_writable(folder: Path, option: str) -> None:

@@ -13,6 +13,7 @@ from figures.badacts import roc_points
 from reproduce import claims
 from reproduce.cells import Task, Victim
 from reproduce.claims import criteria
+from reproduce.cli import Selection
 from reproduce.metrics import Detection, Predictions, auroc, detection_metrics, metrics, wilson
 from reproduce.protocols import PROFILES, Entry, Profile, departure, entries
 from reproduce.protocols.badacts import METHOD, PAPER, REJECT, STATISTICS, THEN, detection, purification
@@ -313,3 +314,7 @@ def test_another_encoder_gives_no_verdict_on_the_paper() -> None:
     assert found.verdict == criteria.UNDECIDED and found.outcome == criteria.REFUTED
     assert "not supported with minilm-l6 in the place of" in found.evidence and found.scale.startswith("minilm-l6")
     assert claims.scaled(refuted, PROFILES["paper"]).verdict == criteria.REFUTED
+    alone = Selection("paper", attacks=("BadNets",), defenses=("BadActs",)).profile
+    assert alone.note == "the exact protocol; only BadNets; BadActs"
+    found = claims.scaled(refuted, alone, departure(PAPER, alone))
+    assert found.verdict == criteria.UNDECIDED and "with nothing but BadNets; BadActs: no verdict" in found.evidence

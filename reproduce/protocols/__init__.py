@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from reproduce.models.encoder import BERT, LAYERS, MINILM, TINY
 from reproduce.training import Recipe
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, TextRecipe)
+BEFORE = "Before"   # the row of a victim, in every table
 
 PAPERS = {
     "nad": "NAD (ICLR 2021)",
@@ -48,6 +49,7 @@ class Profile:
     what it names for that (metadata "short" of a field; of a recipe, its epochs), at smoke scale to metadata "smoke".
     dataset, model: of images; preact, elsewhere: the PreAct-ResNet18 of the protocol that is about it, and the data
     sets it goes on to; texts, encoder: the data sets and the encoder of sentences.
+    only: the attacks and defenses that are run, in words, where not all of them are.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Profile:
     elsewhere: tuple[str, ...] = ("cifar100", "gtsrb")
     texts: tuple[str, ...] = ("sst-2", "yelp", "hsol", "agnews-small")
     encoder: str = BERT
+    only: str = ""
 
     @property
     def shortened(self) -> bool:
@@ -152,23 +155,39 @@ PROFILES = {
 
 
 def departure(paper: str, profile: Profile) -> str:
-    """What of a paper's protocol the profile replaces by something else, in words; empty if nothing, as for papers
-    whose protocol names nothing of the kind."""
+    """What of a paper's protocol the profile replaces by something else or leaves out, in words; empty if nothing."""
     named: Callable[[Profile], str] = getattr(importlib.import_module(f"reproduce.protocols.{paper}"), "departure",
                                               lambda profile: "")
-    return named(profile)
+    return " and ".join(filter(None, (named(profile), profile.only)))
 
 
-def entries(profile: Profile, papers: list[str], items: list[str] | None = None) -> list[Entry]:
-    """Every entry of the chosen papers at this scale, or those of the named items only."""
+def entries(profile: Profile, papers: list[str], items: Sequence[str] = (), attacks: Sequence[str] = (),
+            defenses: Sequence[str] = ()) -> list[Entry]:
+    """Every entry of the chosen papers at this scale, or those of the named items, attacks and defenses only.
+
+    Attacks and defenses are named as tables name them, in capitals or not; entries that have none are left out where
+    some are named. What there is before a defense stays.
+    """
     found: list[Entry] = []
     for paper in papers:
         listed: Callable[[Profile], list[Entry]] = importlib.import_module(f"reproduce.protocols.{paper}").entries
         found += listed(profile)
-    if items:
-        known = list(dict.fromkeys(entry.item for entry in found))
-        unknown = [item for item in items if item not in known]
-        if unknown:
-            raise UserError(f"unknown item {', '.join(unknown)}: choose from {', '.join(known)}")
-        return [entry for entry in found if entry.item in items]
-    return [entry for entry in found if not entry.on_request]
+    found = [entry for entry in _named("item", items, found, lambda entry: entry.item)
+             if items or not entry.on_request]
+    found = _named("attack", attacks, found, lambda entry: entry.labels.get("attack", ""))
+    repaired = [entry for entry in found if entry.labels.get("defense") != BEFORE]
+    kept = _named("defense", defenses, repaired, lambda entry: entry.labels.get("defense", ""))
+    places = {(entry.paper, entry.item) for entry in kept}
+    return found if not defenses else [entry for entry in found if entry in kept or (
+        entry.labels.get("defense") == BEFORE and (entry.paper, entry.item) in places)]
+
+
+def _named(kind: str, asked: Sequence[str], found: list[Entry], name: Callable[[Entry], str]) -> list[Entry]:
+    """The entries whose name of this kind is one of those asked for; all of them if none is."""
+    if not asked:
+        return found
+    known = dict.fromkeys(filter(None, map(name, found)))
+    wanted = {each.casefold() for each in asked}
+    if unknown := [each for each in asked if each.casefold() not in map(str.casefold, known)]:
+        raise UserError(f"unknown {kind} {', '.join(unknown)}: choose from {'; '.join(known)}")
+    return [entry for entry in found if name(entry).casefold() in wanted]

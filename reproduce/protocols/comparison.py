@@ -8,7 +8,7 @@ from reproduce.cells import Cell, Published, Victim
 from reproduce.data.augment import Augment
 from reproduce.defending import defense_module
 from reproduce.poisoning import attack_module
-from reproduce.protocols import Entry, Profile
+from reproduce.protocols import BEFORE, Entry, Profile
 from reproduce.training import Recipe
 
 # How NAD's, ARGD's and MCLDef's victims are trained here, so that one victim serves all three. The papers' own recipe
@@ -77,7 +77,7 @@ def cell(profile: Profile, on: Victim, defense: str, config: Any, fraction: floa
 def comparison(profile: Profile, paper: str, item: str, on: Victim, labels: dict[str, str], rows: list[Row],
                fraction: float | None = None) -> list[Entry]:
     """The victim as it is, and every defense of `rows` on it."""
-    found = [Entry(paper, item, {**labels, "defense": "Before", "variant": "-", "settings": "-"}, on)]
+    found = [Entry(paper, item, {**labels, "defense": BEFORE, "variant": "-", "settings": "-"}, on)]
     found += [Entry(paper, item, {**labels, "defense": one.label, "variant": one.variant,
                                   "settings": one.settings or one.variant},
                     cell(profile, on, one.defense, one.config, fraction)) for one in rows]

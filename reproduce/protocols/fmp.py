@@ -21,7 +21,7 @@ from defenses import fmp, ft_sam
 from reproduce.cells import Victim
 from reproduce.data.augment import Augment
 from reproduce.poisoning import attack_module
-from reproduce.protocols import Entry, Profile, argd, mcldef, nad
+from reproduce.protocols import BEFORE, Entry, Profile, argd, mcldef, nad
 from reproduce.protocols.comparison import Row, cell, comparison, fractions, published_victim, row, sweep
 from reproduce.training import Cosine, Recipe
 
@@ -184,7 +184,7 @@ def _published_faults(profile: Profile, seed: int) -> list[Entry]:
     for label, (checkpoint, settings) in PUBLISHED.items():
         if on := published_victim(profile, checkpoint, settings, seed):
             found.append(Entry(PAPER, "published-faults",
-                               {"attack": label, "faults": BEFORE_ANY, "defense": "Before"}, on))
+                               {"attack": label, "faults": BEFORE_ANY, "defense": BEFORE}, on))
             # Who does not normalise cannot do it twice.
             none = NOT_OF_WIDE_RESNET if checkpoint.normalised else (*NOT_OF_WIDE_RESNET, "normalised")
             found += _with_and_without(profile, "published-faults", on, label, none)

@@ -15,7 +15,7 @@ from typing import Any
 from defenses import anp, ibau, mcldef
 from reproduce.cells import Published
 from reproduce.data.augment import Augment
-from reproduce.protocols import Entry, Profile
+from reproduce.protocols import BEFORE, Entry, Profile
 from reproduce.protocols.comparison import (
     AUGMENTED,
     SIX,
@@ -127,7 +127,7 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
     for label in SMOKE_ATTACKS[:1] if profile.smoke else ATTACKS:
         attacked = victim(profile, *ATTACKS[label], "described", seed)
         chosen = sweep(profile, PAPER, "anp-threshold", "threshold", attacked, "anp", THRESHOLDS)
-        before = Entry(PAPER, "anp-threshold", {"threshold": "none: the victim", "defense": "Before"}, attacked)
+        before = Entry(PAPER, "anp-threshold", {"threshold": "none: the victim", "defense": BEFORE}, attacked)
         found += [replace(entry, labels={"attack": label, **entry.labels}) for entry in (before, *chosen)]
     return found + sweep(profile, PAPER, "variants", "variant", on, "mcldef", VARIANTS)
 

@@ -87,6 +87,20 @@ def test_items_on_request_are_left_out_unless_named() -> None:
         entries(PROFILES["paper"], ["nad"], ["nonsense"])
 
 
+def test_one_cell_of_a_table_is_asked_for_by_its_names() -> None:
+    one = entries(replace(PROFILES["paper"], seeds=(0,)), ["nad"], ["main"], ["badnets"], ["nad"])
+    assert [(entry.labels["attack"], entry.labels["defense"]) for entry in one] == [
+        ("BadNets", "Before"), ("BadNets", "NAD"), ("BadNets", "NAD")], "described and released"
+    every = entries(PROFILES["quick"], ["nad", "fmp"], defenses=["FMP"])
+    assert {entry.paper for entry in every} == {"fmp"}, "no victims of a paper that does not have the defense"
+    assert {entry.labels["defense"] for entry in every} == {"Before", "FMP"}
+    assert {entry.labels["attack"] for entry in entries(PROFILES["quick"], ["cross"], attacks=["none"])} == {"none"}
+    with pytest.raises(UserError, match="unknown attack wanet: choose from BadNets; Trojan; Blend"):
+        entries(PROFILES["paper"], ["nad"], attacks=["BadNets", "wanet"])
+    with pytest.raises(UserError, match="unknown defense ARGD: choose from FT; FP; "):
+        entries(PROFILES["paper"], ["nad"], defenses=["ARGD"])
+
+
 @pytest.mark.parametrize(("name", "iterations", "masks"), [("quick", 5, 2), ("cpu", 500, 3), ("paper", 2000, 25)])
 def test_a_shorter_scale_cuts_more_than_epochs(name: str, iterations: int, masks: int) -> None:
     profile = PROFILES[name]

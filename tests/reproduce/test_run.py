@@ -266,6 +266,8 @@ def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:
     (["run", "--profile", "huge"], "--profile"),
     (["run", "--paper", "argo"], "--paper"),
     (["run", "--item", "everything"], "unknown item everything"),
+    (["run", "--paper", "nad", "--attack", "addsent"], "unknown attack addsent: choose from BadNets; "),
+    (["run", "--defense", "magic"], "unknown defense magic: choose from FT; "),
     (["run", "--seeds", "0"], "--seeds"),
     (["run", "--jobs", "many"], "--jobs"),
     (["run", "--nonsense"], "--nonsense"),

@@ -176,6 +176,6 @@ def test_protocol_gives_each_data_set_its_target_and_each_encoder_its_rate() -> 
 
 
 def test_another_encoder_stands_in_the_profiles_note() -> None:
-    chosen = Selection("paper", (), (), 1, None, "fp32", "minilm-l6").profile
+    chosen = Selection("paper", encoder="minilm-l6").profile
     assert chosen.encoder == "minilm-l6" and "but for minilm-l6" in chosen.note
-    assert Selection("paper", (), (), 1, None, "fp32", "bert-base-uncased").profile.note == PROFILES["paper"].note
+    assert Selection("paper", encoder="bert-base-uncased").profile.note == PROFILES["paper"].note
