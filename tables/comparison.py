@@ -8,13 +8,14 @@ from typing import Any
 import pandas as pd
 
 from reproduce.results import Results
-from reproduce.statistics import ALPHA, holm, wilcoxon
+from reproduce.statistics import ALPHA, holm, paired_t, wilcoxon
 from tables.layout import (
     BEFORE,
     PERCENT,
     attack_grid,
     averages,
     by_image,
+    counts,
     defense_grid,
     differences,
     estimates,
@@ -112,8 +113,10 @@ def details(results: Results, study: Study) -> list[Table]:
     """Behind the grids: every measure, averages over attacks, tests against the controls."""
     built = []
     for item in study.items:
-        for build in (complete, mean_over_attacks, *(_against(control) for control in study.controls)):
-            built += if_present(results, study.paper, item, lambda b=build, i=item: b(results, study, i))
+        if present(results, study.paper, item):
+            built += [complete(results, study, item), mean_over_attacks(results, study, item)]
+            built += [significance(results, study, item, control) for control in study.controls]
+            built += [table for control in study.controls for table in attack_by_attack(results, study, item, control)]
     return built
 
 
@@ -166,28 +169,78 @@ def mean_over_attacks(results: Results, study: Study, item: str) -> Table:
                  pd.concat(frames.values()))
 
 
-def _against(control: str) -> Callable[[Results, Study, str], Table]:
-    return lambda results, study, item: significance(results, study, item, control)
-
-
 def significance(results: Results, study: Study, item: str, control: str) -> Table:
     """Each defense against one control, paired over (attack, seed)."""
     frame = rows(results, study.paper, item, "attack", "defense", "variant", "settings")
-    compared = []
     weak = not_taken(frame)
+    compared = [{**labels, **against(results, *(one[~one.attack.isin(weak)] if measure == "asr" else one
+                                                for one in (part, base)), measure)}
+                for labels, part, base in _opposed(frame, control) for measure in ("asr", "acc")]
+    return tested(f"{item}-significance{_number(study, control)}",
+                  f"{study.name}: each defense against {control}, {study.attacks.get(item, f'on {AUTHORS_VICTIM}')}",
+                  f"Defense minus {control} of the same comparison{', ASR on working backdoors only' if weak else ''}",
+                  compared, OPPOSED, frame, sample=study.sample)
+
+
+def attack_by_attack(results: Results, study: Study, item: str, control: str) -> list[Table]:
+    """Each defense against one control on each attack by itself, paired over seeds; nothing where one seed is asked
+    for, of which an interval says too little."""
+    frame = rows(results, study.paper, item, "attack", "defense", "variant", "settings")
+    if frame.seed.nunique() < 2:
+        return []
+    weak = not_taken(frame)
+    data = pd.DataFrame([
+        {**labels, "attack": attack, "measure": measure, **_over_seeds(part[part.attack == attack],
+                                                                       base[base.attack == attack], measure)}
+        for labels, part, base in _opposed(frame, control) for attack in part.attack.unique()
+        for measure in ("asr", "acc") if measure != "asr" or attack not in weak])
+    data = data[data.n > 0].copy() if len(data) else data
+    shown = []
+    if len(data):
+        data["p_holm"] = data.groupby(["attack", "measure"], sort=False).p.transform(lambda p: holm(p.to_list()))
+        for group, part in data.groupby([*OPPOSED, "measure"], sort=False):
+            cells = dict.fromkeys(data.attack.unique(), Value(MISSING)) | {
+                row.attack: Value(f"{row.difference:+.1f}{bounds(row.low, row.high, 1, '+')}"
+                                  f"{' *' if row.p_holm < ALPHA else ''}", runs=tuple(row.runs.split()))
+                for row in part.iloc}
+            shown.append({**dict(zip(OPPOSED.values(), group[:-1], strict=True)), "Measure": heading(group[-1]),
+                          **cells, "Pairs": Value(counts(part.n.to_list()))})
+    return [table(f"{item}-by-attack{_number(study, control)}",
+                  f"{study.name}: each defense against {control}, attack by attack",
+                  f"Defense minus {control} of the same comparison{', ASR on working backdoors only' if weak else ''}, "
+                  "in points: mean over seeds with Student's 95 % interval over them; one seed has none. *: p < 0.05, "
+                  "paired t test over seeds, Holm over the rows of one attack and measure. Of two or three seeds an "
+                  "interval is wide, and rests on their being spread normally.", pd.DataFrame(shown), data, frame)]
+
+
+OPPOSED = {"defense": "Defense", "settings": "Settings", "control": "Control's"}
+
+
+def _opposed(frame: pd.DataFrame, control: str) -> list[tuple[dict[str, str], pd.DataFrame, pd.DataFrame]]:
+    """Each defense beside the control of its comparison: labels as in OPPOSED, its rows, the control's. What is the
+    same in two comparisons, settings and control's settings, is here once."""
+    found: dict[tuple[str, ...], tuple[dict[str, str], pd.DataFrame, pd.DataFrame]] = {}
     for (defense, variant), part in frame[~frame.defense.isin([BEFORE, control])].groupby(["defense", "variant"],
                                                                                          sort=False):
         base = frame[(frame.defense == control) & (frame.variant == variant)]
         labels = {"defense": defense, "settings": part.settings.iloc[0], "control": next(iter(base.settings), MISSING)}
-        compared += [{**labels, **against(results, *(one[~one.attack.isin(weak)] if measure == "asr" else one
-                                                     for one in (part, base)), measure)} for measure in ("asr", "acc")]
-    # The first control's table has the plain name.
+        found.setdefault(tuple(labels.values()), (labels, part, base))
+    return list(found.values())
+
+
+def _number(study: Study, control: str) -> str:
+    """What a control adds to a table's name: nothing for the first one."""
     number = study.controls.index(control)
-    return tested(f"{item}-significance{f'-{number + 1}' if number else ''}",
-                  f"{study.name}: each defense against {control}, {study.attacks.get(item, f'on {AUTHORS_VICTIM}')}",
-                  f"Defense minus {control} of the same comparison{', ASR on working backdoors only' if weak else ''}",
-                  compared,
-                  {"defense": "Defense", "settings": "Settings", "control": "Control's"}, frame, sample=study.sample)
+    return f"-{number + 1}" if number else ""
+
+
+def _over_seeds(part: pd.DataFrame, control: pd.DataFrame, measure: str) -> dict[str, Any]:
+    """One attack's paired comparison of one measure: difference in points, its interval over seeds, paired t test."""
+    paired = pairs(part, control, measure)
+    interval = over_attacks(paired, measure)
+    return {"n": len(paired), "difference": interval.mean, "low": interval.low, "high": interval.high,
+            "p": paired_t([pair.difference for pair in paired]).p,
+            "runs": " ".join([pair.run_first for pair in paired] + [pair.run_second for pair in paired])}
 
 
 def tested(name: str, title: str, compared_is: str, compared: list[dict[str, Any]], labels: dict[str, str],

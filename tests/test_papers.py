@@ -53,12 +53,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
                                                                                              "cross")}
 
 
+BY_ATTACK = ("main-by-attack", "main-by-attack-2", "main-by-attack-3")
 TABLES = {
     "argd": {"main", "published", "main-complete", "main-averages", "main-significance", "main-significance-2",
-             "main-significance-3", "clean-fraction", "teacher", "terms", "variants", "term-sizes", "cost"},
+             "main-significance-3", *BY_ATTACK, "clean-fraction", "teacher", "terms", "variants", "term-sizes", "cost"},
     "mcldef": {"main", "main-acc", "published", "triggers", "target-class", "main-complete", "main-averages",
-               "main-significance", "main-significance-2", "main-significance-3", "clean-fraction", "temperature",
-               "inversion", "variants", "anp-threshold", "cost"},
+               "main-significance", "main-significance-2", "main-significance-3", *BY_ATTACK, "clean-fraction",
+               "temperature", "inversion", "variants", "anp-threshold", "cost"},
     "cross": {"asr", "acc", "ra", "ranks", "cost", "no-backdoor"},
 }
 FIGURES = {

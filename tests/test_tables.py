@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from reproduce.metrics import wilson
 from reproduce.protocols import PROFILES, Entry, mcldef
 from reproduce.results import Results
-from reproduce.statistics import Interval
+from reproduce.statistics import Interval, holm
 from reproduce.store import Store
 from tables import mcldef as mcldef_tables
 from tables import nad, render
@@ -133,8 +134,9 @@ def test_absent_items_are_skipped(tmp_path: Path) -> None:
 def test_every_item_has_its_table(tables: dict[str, render.Table]) -> None:
     assert set(tables) == {f"nad-{name}" for name in (
         "main", "main-released-defenses", "main-released", "published", "published-peers", "main-complete",
-        "main-averages", "main-significance", "main-significance-2", "main-released-complete",
-        "main-released-averages", "main-released-significance", "main-released-significance-2", "clean-fraction",
+        "main-averages", "main-significance", "main-significance-2", "main-by-attack", "main-by-attack-2",
+        "main-released-complete", "main-released-averages", "main-released-significance",
+        "main-released-significance-2", "main-released-by-attack", "main-released-by-attack-2", "clean-fraction",
         "attention", "distillation", "teacher", "beta", "variants", "augmentation", "epochs", "cost")}
 
 
@@ -197,6 +199,38 @@ def test_significance_is_paired_and_corrected(tables: dict[str, render.Table], t
     assert row.n == 10 and row.p == pytest.approx(2 / 1024) and row.p_holm >= row.p
     assert data.loc[("FT", "released", "acc")].n == 12, "accuracy is lost on any victim"
     assert row.mcnemar_higher > 0 and row.mcnemar_lower == 0
+
+
+def test_by_attack_is_paired_over_seeds(tables: dict[str, render.Table], two: Results) -> None:
+    table = tables["nad-main-by-attack"]
+    data = table.data.set_index(["defense", "settings", "attack", "measure"])
+    frame = two.frame("nad", "main").query("variant == 'released' and attack == 'BadNets'").set_index("seed")
+    gap = frame[frame.defense == "FT"].asr - frame[frame.defense == nad.CONTROL].asr
+    row = data.loc[("FT", "released", "BadNets", "asr")]
+    wanted = stats.ttest_1samp(gap, 0)
+    assert (row.difference, row.p) == pytest.approx((gap.mean(), wanted.pvalue))
+    assert (row.low, row.high) == pytest.approx(tuple(wanted.confidence_interval()))
+    family = data[(data.index.get_level_values("attack") == "BadNets") & (data.index.get_level_values(3) == "asr")]
+    assert len(family) == 6 and family.p_holm.to_list() == holm(family.p.to_list()), "FT, FP, MCR, NAD; FT, NAD"
+    weak = data.index.get_level_values("attack") == "SIG"
+    assert set(data.index[weak].get_level_values("measure")) == {"acc"}, "the attack did not take"
+    # MCR has one seed on CL: a difference, and no interval.
+    one = table.frame[(table.frame.Defense == "MCR") & (table.frame.Measure == "ASR")].CL.item()
+    assert re.fullmatch(r"[+-]\d+\.\d", str(one))
+
+
+def test_one_seed_has_no_table_by_attack(tmp_path: Path) -> None:
+    both = small(tmp_path)
+    one = Results(both.store, [entry for entry in both.entries if entry.task.seed == 0])
+    assert [[table.name for table in nad.tables(found) if "by-attack" in table.name] for found in (both, one)] == [
+        ["nad-main-by-attack-2"], []], "against FT; its own control is not there"
+
+
+def test_what_two_comparisons_share_is_tested_once(tables: dict[str, render.Table]) -> None:
+    for name, table in tables.items():
+        if "significance" in name or "by-attack" in name:
+            labels = [key for key in ("defense", "settings", "control", "attack", "measure") if key in table.data]
+            assert not table.data.duplicated(labels).any(), name
 
 
 def test_published_gap_and_verdict(tables: dict[str, render.Table], two: Results) -> None:
