@@ -199,7 +199,7 @@ def attack_by_attack(results: Results, study: Study, item: str, control: str) ->
     if len(data):
         data["p_holm"] = data.groupby(["attack", "measure"], sort=False).p.transform(lambda p: holm(p.to_list()))
         for group, part in data.groupby([*OPPOSED, "measure"], sort=False):
-            cells = dict.fromkeys(data.attack.unique(), Value(MISSING)) | {
+            cells = {attack: Value(MISSING) for attack in frame.attack.unique() if attack in set(data.attack)} | {
                 row.attack: Value(f"{row.difference:+.1f}{bounds(row.low, row.high, 1, '+')}"
                                   f"{' *' if row.p_holm < ALPHA else ''}", runs=tuple(row.runs.split()))
                 for row in part.iloc}
