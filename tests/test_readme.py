@@ -1,4 +1,5 @@
-"""Every command the README gives is run, as written but for what is named below."""
+"""Every command that the README and docs/results.md give is run, as written but for what is named below; their tables
+are those under reference/."""
 
 import contextlib
 import hashlib
@@ -12,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -28,8 +30,9 @@ from tests.reproduce.generators import save_style_transfer
 from tests.reproduce.small_texts import save_small_texts
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+README, RESULTS = (ROOT / name for name in ("README.md", "docs/results.md"))
+WRITTEN = README.read_text() + RESULTS.read_text()
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", WRITTEN, re.DOTALL) for line in block.splitlines() if line]
 DRIVER = [command for command in COMMANDS if command.startswith("./run_all.sh")]
 CHECKPOINT = [command for command in COMMANDS if re.match(r"python -m reproduce (evaluate|defend)", command)]
 PURIFY = [command for command in COMMANDS if command.startswith("python -m reproduce purify")]
@@ -85,7 +88,7 @@ def test_how_long_a_paper_takes(tmp_path: Path) -> None:
         return f"{len(tasks)} runs" + (f", {float(f'{hours:.2g}'):g} h" if profile != "quick" else "")
 
     for paper, title in PAPERS.items():
-        assert " | ".join([f"| {title}", *(written(paper, profile) for profile in PROFILES)]) + " |" in README
+        assert " | ".join([f"| {title}", *(written(paper, profile) for profile in PROFILES)]) + " |" in WRITTEN
 
 
 def test_the_first_command_on_a_few_runs(tmp_path: Path) -> None:
@@ -160,21 +163,33 @@ def test_results_are_compared_with_the_reference(command: str) -> None:
 
 
 def test_links_and_pictures_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+    for page in (README, RESULTS):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_tables_in_the_readme_are_the_reference_ones() -> None:
+def test_tables_are_the_reference_ones() -> None:
     """Every row of a table that has the headings of one of these."""
     known = {line for path in (ROOT / "reference").glob("*/tables/*.md") for line in path.read_text().splitlines()}
-    tables = [lines for block in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    tables = [lines for block in re.findall(r"(?:^\|.*\n)+", WRITTEN, re.MULTILINE)
               if (lines := block.splitlines())[0] in known]
     assert len(tables) == 5, "those of three published checkpoints, the cross table, and BadActs'"
     assert {line for lines in tables for line in lines} <= known
 
 
-def test_verdicts_in_the_readme_are_the_reference_ones() -> None:
-    shown = re.findall(r"^\| .* \| (?:supported|not supported|inconclusive) \|$", README, re.MULTILINE)
+def test_published_values_and_what_they_became_are_the_reference_ones() -> None:
+    known = set()
+    for path in (ROOT / "reference" / "authors-victims" / "tables").glob("*-published.csv"):
+        rows = pd.read_csv(path, comment="#").sort_values("measure", kind="stable")     # accuracy, then ASR
+        for (source, what), part in rows.groupby(["source", "what"]):
+            cells = [f"{row.published:.2f} | {row.text} | {row.verdict}" for row in part.itertuples()]
+            known.add(f"| {source} | {what} | {' | '.join(cells)} |")
+    shown = re.findall(r"^\| README of .*\|$", WRITTEN, re.MULTILINE)
+    assert len(shown) == 8 and set(shown) <= known
+
+
+def test_verdicts_are_the_reference_ones() -> None:
+    shown = re.findall(r"^\| .* \| (?:supported|not supported|inconclusive) \|$", WRITTEN, re.MULTILINE)
     found = [claim for path in (ROOT / "reference").glob("*/claims.json") for claim in json.loads(path.read_text())]
     known = {f"| {claim['statement']} | {claim['evidence']} | {claim['verdict']} |" for claim in found}
     assert shown and set(shown) <= known
