@@ -8,9 +8,9 @@ import pandas as pd
 
 from reproduce.results import Results
 from reproduce.statistics import prediction_interval
-from tables.comparison import bounds, rows
+from tables.comparison import rows
 from tables.layout import PUBLISHED, estimate, grouped, measured, present, table
-from tables.render import MISSING, Table, Value, heading
+from tables.render import MISSING, Table, Value, bounds, heading
 
 ROUNDING = 0.01         # published values have two decimals, rounded or cut off
 WIDE = 20.0             # points: an interval wider than this agrees with almost anything

@@ -25,13 +25,11 @@ from tables.comparison import (
     Factor,
     Study,
     ablation,
-    bounds,
     defense_rows,
     details,
     grids,
     hardware,
     if_present,
-    probability,
     rows,
 )
 from tables.layout import (
@@ -54,7 +52,7 @@ from tables.layout import (
     printed,
     table,
 )
-from tables.render import MISSING, Table, Value, heading
+from tables.render import MISSING, Table, Value, bounds, heading, probability
 
 SAMPLE = "sentence"
 NAMES = ("ACC is the paper's CACC, RA its PACC: the share of triggered sentences that get their source's true label. "

@@ -12,7 +12,7 @@ from defenses.nc import THRESHOLD
 from reproduce.protocols.cross import NO_BACKDOOR, PAPER
 from reproduce.results import Results
 from reproduce.statistics import ALPHA, Ranking, holm, ranking
-from tables.comparison import bounds, if_present, probability, rows
+from tables.comparison import if_present, rows
 from tables.layout import (
     BEFORE,
     common,
@@ -26,7 +26,7 @@ from tables.layout import (
     printed,
     table,
 )
-from tables.render import MISSING, Table, Value, heading
+from tables.render import MISSING, Table, Value, bounds, heading, probability
 
 REFERENCE = "FT"
 MEASURES = ("asr", "acc", "ra")

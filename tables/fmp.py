@@ -13,18 +13,16 @@ from tables.comparison import (
     Factor,
     Study,
     ablation,
-    against,
-    bounds,
     clean_fraction,
     cost,
     details,
     grids,
     if_present,
     rows,
-    tested,
 )
 from tables.layout import differences, grouped, mean_difference, measured, over_attacks, pairs, table
-from tables.render import MISSING, Table, Value, heading
+from tables.paired import against, tested
+from tables.render import MISSING, Table, Value, bounds, heading
 
 ALL = "all"
 DATASETS = {"main": "all attacks", "cifar100": "CIFAR-100", "gtsrb": "GTSRB", "tiny-imagenet": "Tiny-ImageNet"}

@@ -1,5 +1,6 @@
 """One table in every format: CSV (numbers), Markdown, LaTeX (booktabs), HTML and text for the terminal."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +61,18 @@ class Table:
 def heading(measure: str) -> str:
     """Column heading of a measure."""
     return _HEADINGS.get(measure, measure)
+
+
+def bounds(low: float, high: float, digits: int, sign: str = "") -> str:
+    """ [low, high], or nothing where there is no interval."""
+    return "" if math.isnan(low) else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def probability(value: float) -> str:
+    """A p-value to three digits."""
+    if math.isnan(value):
+        return MISSING
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
 def title(table: Table, profile: Profile) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 from reproduce.protocols import PAPERS
 from reproduce.results import MEASURES, Results
 from reproduce.statistics import ALPHA, Interval, PairedTest, holm, least, wilcoxon
-from tables.comparison import Study, bounds, main_rows
+from tables.comparison import Study, main_rows
 from tables.layout import (
     BEFORE,
     LOWER,
@@ -23,7 +23,7 @@ from tables.layout import (
     present,
     victims_asr,
 )
-from tables.render import heading
+from tables.render import bounds, heading
 
 SUPPORTED, REFUTED, UNDECIDED, NOT_RUN = "supported", "not supported", "inconclusive", "not run"
 

@@ -24,9 +24,11 @@ from reproduce.protocols.fmp import BASELINES, BEFORE_ANY, IDLE, LATER, METHOD, 
 from reproduce.results import Results
 from reproduce.statistics import Interval, over_groups
 from tables.against_published import WIDE, published_values
-from tables.comparison import against, bounds, rows
+from tables.comparison import rows
 from tables.fmp import CHECKPOINTS, STUDY
 from tables.layout import BEFORE, measured, not_taken, possible
+from tables.paired import against
+from tables.render import bounds
 
 VARIANTS = ("described", "released")
 DESCRIBED = "FMP (as described)"
