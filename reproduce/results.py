@@ -14,6 +14,13 @@ MEASURES = ("acc", "acc_nontarget", "asr", "ra", "auroc", "auroc_target", "far",
             "seconds")
 
 
+def processor(run: Run) -> str:
+    """The name of the CPU, or of the GPU, that a run was computed on."""
+    environment = run.json("environment")
+    device = environment.get("device", "unknown")
+    return environment.get("cpu", "an unknown CPU") if device == "cpu" else device
+
+
 @dataclass
 class Results:
     """All entries of one profile and the store their runs are in, as it was when each run was first asked for:
@@ -30,7 +37,7 @@ class Results:
 
         Measures are in percent, seconds in seconds, those of the run that a cell starts from included. Rows keep the
         protocol's order. dataset and model are the victim's. A label with a measure's name (the FRR a threshold is
-        chosen for) is the column "<name>_set".
+        chosen for) is the column "<name>_set". processor: what a finished run was computed on.
         """
         if (paper, item) not in self._frames:
             self._frames[paper, item] = self._frame(paper, item)
@@ -51,6 +58,7 @@ class Results:
                          "status": self.status(entry.task.name), "dataset": victim.dataset if victim else None,
                          "model": victim.model if victim else None,
                          "published": bool(getattr(victim, "published", None)),
+                         "processor": processor(run) if run else None,
                          **{key: measured.get(key) for key in MEASURES}})
         frame = pd.DataFrame(rows)
         for key in MEASURES:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from reproduce.results import Results
+from reproduce.results import Results, processor
 from tables.layout import (
     BEFORE,
     PERCENT,
@@ -256,5 +256,5 @@ def hardware(results: Results, name: str) -> str:
     """What a finished run was computed on."""
     run = results.finished(name)
     environment = run.json("environment")
-    device = environment.get("device", "unknown")
-    return f"{environment.get('cpu', 'cpu')}, {environment.get('threads', '?')} threads" if device == "cpu" else device
+    threads = f", {environment.get('threads', '?')} threads" if environment.get("device") == "cpu" else ""
+    return processor(run) + threads

@@ -1,6 +1,7 @@
 """What the papers' tables share: estimates over seeds, marks for the best, a list shape and an attack grid."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,8 +288,9 @@ def table(name: str, title: str, caption: str, frame: pd.DataFrame, data: pd.Dat
     done = source[source.status == "done"]
     datasets, models = (tuple(done[key].dropna().unique()) if key in done else () for key in ("dataset", "model"))
     published = "published" in done and bool(done.published.all())
+    processors = Counter(done.drop_duplicates("run").processor if "processor" in done else ()).most_common()
     return Table(name, title, caption, frame, data, tuple(sorted({int(seed) for seed in done.seed})),
-                 tuple(dict.fromkeys(done.run)), legend, datasets, models, published)
+                 tuple(dict.fromkeys(done.run)), legend, datasets, models, published, tuple(processors))
 
 
 def legend(measures: Collection[str]) -> str:

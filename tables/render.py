@@ -56,6 +56,7 @@ class Table:
     datasets: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     published: bool = False     # every victim is a checkpoint that others trained
+    processors: tuple[tuple[str, int], ...] = ()    # what the runs were computed on, and how many of them
 
 
 def heading(measure: str) -> str:
@@ -82,7 +83,7 @@ def title(table: Table, profile: Profile) -> str:
 
 def provenance(table: Table, profile: Profile) -> str:
     """One line: profile with its scale, data sets and models of the runs (the profile's where they name none), seeds,
-    number of runs."""
+    number of runs, and processors, for between two of them rounding differs."""
     if not table.runs:
         return "Published values; no run of this artifact is shown."
     seeds = ", ".join(map(str, table.seeds)) or "none"
@@ -91,7 +92,14 @@ def provenance(table: Table, profile: Profile) -> str:
     note = "victims as published, what takes long in a defense cut" if table.published and profile.shortened \
         else profile.note
     return (f"Profile {profile.name} ({note}); {places}; "
-            f"seeds {seeds}; {len(table.runs)} finished run{'' if len(table.runs) == 1 else 's'}.")
+            f"seeds {seeds}; {len(table.runs)} finished run{'' if len(table.runs) == 1 else 's'}{_computed_on(table)}.")
+
+
+def _computed_on(table: Table) -> str:
+    """", on A", or ", on A (5) and B (3)"; nothing where that is not known."""
+    if len(table.processors) < 2:
+        return "".join(f", on {name}" for name, _runs in table.processors)
+    return f", on {' and '.join(f'{name} ({runs})' for name, runs in table.processors)}"
 
 
 def write(table: Table, folder: Path, profile: Profile) -> None:

@@ -16,8 +16,8 @@ from reproduce.protocols import PROFILES, Entry, mcldef
 from reproduce.results import Results
 from reproduce.statistics import Interval, holm
 from reproduce.store import Store
+from tables import layout, nad, render
 from tables import mcldef as mcldef_tables
-from tables import nad, render
 from tables.layout import PUBLISHED, Pair, estimate, over_attacks
 from tests.synthetic import Stub, results, write_run
 
@@ -81,7 +81,7 @@ def test_intervals_end_where_the_measure_does() -> None:
 
 GOLDEN = """\
 # NAD: attacks and defenses as described
-# Profile paper (the exact protocol); dataset cifar10, model wrn-16-1; seeds 0, 1; 11 finished runs.
+# Profile paper (the exact protocol); dataset cifar10, model wrn-16-1; seeds 0, 1; 11 finished runs, on a test.
 attack,defense,measure,n,mean,sd,low,high,interval,mark,runs
 BadNets,Before,asr,2,99.3056,0.589256,94.0113,100,t,,BadNets-Before-s0 BadNets-Before-s1
 BadNets,Before,acc,2,88.25,2.47487,66.0141,100,t,,BadNets-Before-s0 BadNets-Before-s1
@@ -304,3 +304,19 @@ def test_a_model_that_is_no_classifier_any_more_is_not_best_and_says_why(tmp_pat
     assert " ‡ |" in render.markdown(table, profile) and r"$\ddagger$" in render.latex(table, profile)
     assert "‡" in render.html(table, profile)
     assert re.search(r" \d\.\d‡", render.text(table, brief=True))
+
+
+@pytest.mark.parametrize(("processors", "said"), [
+    ((), "2 finished runs."), ((("a", 2),), "2 finished runs, on a."),
+    ((("a", 2), ("b", 1)), "2 finished runs, on a (2) and b (1).")])
+def test_what_was_computed_on_two_processors_says_so(processors: tuple[tuple[str, int], ...], said: str) -> None:
+    table = render.Table("t", "T", "", pd.DataFrame(), pd.DataFrame(), (0,), ("x", "y"), processors=processors)
+    assert render.provenance(table, PROFILES["paper"]).endswith(said)
+
+
+def test_processors_are_counted_by_run(tmp_path: Path) -> None:
+    found = small(tmp_path)
+    frame = found.frame("nad", "main").assign(processor=["a"] * 7 + ["b"] * 5)
+    assert set(found.frame("nad", "main").processor.dropna()) == {"a test"}
+    counted = layout.table("t", "T", "", frame, frame, pd.concat([frame, frame])).processors
+    assert counted == (("a", 7), ("b", 4)), "a run that two tables share once, and one is not there"
