@@ -1,5 +1,6 @@
 """Two defenses on the same victims: their paired comparison, over attacks or on each attack by itself, as tables."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,8 +61,9 @@ def by_attack(frame: pd.DataFrame, control: str, weak: Sequence[str], name: str,
                           **cells, "Pairs": Value(counts(part.n.to_list()))})
     return table(name, title,
                  f"{_minus(control, weak)}, in points: mean over seeds with Student's 95 % interval over them; one "
-                 "seed has none. *: p < 0.05, paired t test over seeds, Holm over the rows of one attack and measure. "
-                 "Of two or three seeds an interval is wide, and rests on their being spread normally.",
+                 "seed has none, nor have equal differences. *: p < 0.05, paired t test over seeds, Holm over the rows "
+                 "of one attack and measure. Of two or three seeds an interval is wide, and rests on their being "
+                 "spread normally.",
                  pd.DataFrame(shown), data, frame)
 
 
@@ -121,6 +123,8 @@ def _over_seeds(part: pd.DataFrame, control: pd.DataFrame, measure: str) -> dict
     """One attack's paired comparison of one measure: difference in points, its interval over seeds, paired t test."""
     paired = pairs(part, control, measure)
     interval = over_attacks(paired, measure)
-    return {"n": len(paired), "difference": interval.mean, "low": interval.low, "high": interval.high,
+    equal = interval.low == interval.high   # as counts may be by chance, which is no precision
+    return {"n": len(paired), "difference": interval.mean, "low": math.nan if equal else interval.low,
+            "high": math.nan if equal else interval.high,
             "p": paired_t([pair.difference for pair in paired]).p,
             "runs": " ".join([pair.run_first for pair in paired] + [pair.run_second for pair in paired])}

@@ -219,6 +219,18 @@ def test_by_attack_is_paired_over_seeds(tables: dict[str, render.Table], two: Re
     assert re.fullmatch(r"[+-]\d+\.\d", str(one))
 
 
+def test_equal_differences_have_no_interval(tmp_path: Path) -> None:
+    store, entries = Store(tmp_path), []
+    for seed in (0, 1):
+        for defense, asr in (("Before", 99), ("FT", 35), (nad.CONTROL, 35), ("NAD", 5 - seed)):
+            labels = {"attack": "BadNets", "defense": defense, "variant": "-" if defense == "Before" else "described"}
+            entries.append(Entry("nad", "main", labels, Stub(defense, seed)))
+            write_run(store, entries[-1].task, 85, asr, seed)
+    table = next(t for t in nad.tables(Results(store, entries)) if t.name == "nad-main-by-attack")
+    shown = table.frame[table.frame.Measure == "ASR"].set_index("Defense").BadNets.map(str).to_dict()
+    assert shown["FT"] == "+0.0" and "[" in shown["NAD"]
+
+
 def test_one_seed_has_no_table_by_attack(tmp_path: Path) -> None:
     both = small(tmp_path)
     one = Results(both.store, [entry for entry in both.entries if entry.task.seed == 0])
