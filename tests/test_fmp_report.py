@@ -93,6 +93,14 @@ def test_every_item_has_its_table(results: Results) -> None:
     assert unsaid == {table.name for table in built if re.search("five-percent|clean-fraction", table.name)}
 
 
+def test_what_two_comparisons_share_is_tested_once(results: Results) -> None:
+    frame = results.frame(PAPER, "main")
+    shared = frame[frame.variant.isin(["described", "released"])].drop_duplicates(["defense", "variant"])
+    assert shared.duplicated(["defense", "settings"]).any(), "NAD's settings, say, stand in both comparisons"
+    table = next(table for table in tables.tables(results) if table.name == f"{PAPER}-main-significance-3")
+    assert not table.data.duplicated(["defense", "settings", "control", "measure"]).any()
+
+
 def test_every_item_has_its_figure(results: Results) -> None:
     drawn = figures.figures(results, smoke=True)
     assert {figure.name for figure in drawn} == {f"{PAPER}-{name}" for name in (

@@ -238,13 +238,6 @@ def test_one_seed_has_no_table_by_attack(tmp_path: Path) -> None:
         ["nad-main-by-attack-2"], []], "against FT; its own control is not there"
 
 
-def test_what_two_comparisons_share_is_tested_once(tables: dict[str, render.Table]) -> None:
-    for name, table in tables.items():
-        if "significance" in name or "by-attack" in name:
-            labels = [key for key in ("defense", "settings", "control", "attack", "measure") if key in table.data]
-            assert not table.data.duplicated(labels).any(), name
-
-
 def test_published_gap_and_verdict(tables: dict[str, render.Table], two: Results) -> None:
     data = tables["nad-published"].data
     row = data[(data.what == "Before") & (data.measure == "acc_nontarget")].iloc[0]
