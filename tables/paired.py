@@ -8,7 +8,7 @@ import pandas as pd
 
 from reproduce.results import Results
 from reproduce.statistics import ALPHA, holm, paired_t, wilcoxon
-from tables.layout import BEFORE, by_image, counts, differences, over_attacks, pairs, table
+from tables.layout import BEFORE, Pair, by_image, counts, differences, over_attacks, pairs, table
 from tables.render import MISSING, Table, Value, bounds, heading, probability
 
 OPPOSED = {"defense": "Defense", "settings": "Settings", "control": "Control's"}    # labels and their headings
@@ -115,8 +115,7 @@ def against(results: Results, part: pd.DataFrame, control: pd.DataFrame, measure
     lower = sum(s and result.only_first < result.only_second for s, result in zip(significant, single, strict=True))
     return {"measure": measure, "n": len(paired), "n_attacks": len(by_attack), "difference": interval.mean,
             "low": interval.low, "high": interval.high, "p": test.p, "p_attacks": attacks_test.p,
-            "mcnemar_lower": lower, "mcnemar_higher": sum(significant) - lower,
-            "runs": " ".join([pair.run_first for pair in paired] + [pair.run_second for pair in paired])}
+            "mcnemar_lower": lower, "mcnemar_higher": sum(significant) - lower, "runs": _runs(paired)}
 
 
 def _over_seeds(part: pd.DataFrame, control: pd.DataFrame, measure: str) -> dict[str, Any]:
@@ -126,5 +125,9 @@ def _over_seeds(part: pd.DataFrame, control: pd.DataFrame, measure: str) -> dict
     equal = interval.low == interval.high   # as counts may be by chance, which is no precision
     return {"n": len(paired), "difference": interval.mean, "low": math.nan if equal else interval.low,
             "high": math.nan if equal else interval.high,
-            "p": paired_t([pair.difference for pair in paired]).p,
-            "runs": " ".join([pair.run_first for pair in paired] + [pair.run_second for pair in paired])}
+            "p": paired_t([pair.difference for pair in paired]).p, "runs": _runs(paired)}
+
+
+def _runs(paired: Sequence[Pair]) -> str:
+    """The names of the runs behind pairs: all first ones, then all second ones."""
+    return " ".join([pair.run_first for pair in paired] + [pair.run_second for pair in paired])

@@ -38,6 +38,10 @@ class Entry:
     task: Task
     on_request: bool = False
 
+    def name(self, kind: str) -> str:
+        """Its item, or its label of another kind; empty without one."""
+        return self.item if kind == "item" else self.labels.get(kind, "")
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -172,22 +176,22 @@ def entries(profile: Profile, papers: list[str], items: Sequence[str] = (), atta
     for paper in papers:
         listed: Callable[[Profile], list[Entry]] = importlib.import_module(f"reproduce.protocols.{paper}").entries
         found += listed(profile)
-    found = [entry for entry in _named("item", items, found, lambda entry: entry.item)
-             if items or not entry.on_request]
-    found = _named("attack", attacks, found, lambda entry: entry.labels.get("attack", ""))
-    repaired = [entry for entry in found if entry.labels.get("defense") != BEFORE]
-    kept = _named("defense", defenses, repaired, lambda entry: entry.labels.get("defense", ""))
+    found = [entry for entry in _named("item", items, found) if items or not entry.on_request]
+    found = _named("attack", attacks, found)
+    if not defenses:
+        return found
+    kept = _named("defense", defenses, [entry for entry in found if entry.name("defense") != BEFORE])
     places = {(entry.paper, entry.item) for entry in kept}
-    return found if not defenses else [entry for entry in found if entry in kept or (
-        entry.labels.get("defense") == BEFORE and (entry.paper, entry.item) in places)]
+    return [entry for entry in found if entry in kept or (
+        entry.name("defense") == BEFORE and (entry.paper, entry.item) in places)]
 
 
-def _named(kind: str, asked: Sequence[str], found: list[Entry], name: Callable[[Entry], str]) -> list[Entry]:
+def _named(kind: str, asked: Sequence[str], found: list[Entry]) -> list[Entry]:
     """The entries whose name of this kind is one of those asked for; all of them if none is."""
     if not asked:
         return found
-    known = dict.fromkeys(filter(None, map(name, found)))
+    known = dict.fromkeys(name for entry in found if (name := entry.name(kind)))
     wanted = {each.casefold() for each in asked}
     if unknown := [each for each in asked if each.casefold() not in map(str.casefold, known)]:
         raise UserError(f"unknown {kind} {', '.join(unknown)}: choose from {'; '.join(known)}")
-    return [entry for entry in found if name(entry).casefold() in wanted]
+    return [entry for entry in found if entry.name(kind).casefold() in wanted]
