@@ -32,6 +32,7 @@ from tests.reproduce.small_texts import save_small_texts
 ROOT = Path(__file__).parent.parent
 README, RESULTS = (ROOT / name for name in ("README.md", "docs/results.md"))
 WRITTEN = README.read_text() + RESULTS.read_text()
+FINDINGS = (ROOT / "docs" / "findings.md").read_text()
 COMMANDS = [line for block in re.findall(r"```\n(.*?)```", WRITTEN, re.DOTALL) for line in block.splitlines() if line]
 DRIVER = [command for command in COMMANDS if command.startswith("./run_all.sh")]
 CHECKPOINT = [command for command in COMMANDS if re.match(r"python -m reproduce (evaluate|defend)", command)]
@@ -186,6 +187,48 @@ def test_published_values_and_what_they_became_are_the_reference_ones() -> None:
             known.add(f"| {source} | {what} | {' | '.join(cells)} |")
     shown = re.findall(r"^\| README of .*\|$", WRITTEN, re.MULTILINE)
     assert len(shown) == 8 and set(shown) <= known
+
+
+def by_seed(runs: str, folder: Path, measure: str) -> dict[int, float]:
+    """{seed: the measure} of these runs."""
+    return {int(re.search(r"-s(\d+)-", name)[1]):
+            json.loads((folder / "runs" / name / "metrics.json").read_text())[measure] for name in runs.split()}
+
+
+def test_numbers_seed_by_seed_in_the_findings_are_the_reference_ones() -> None:
+    """Of the table over two seeds of one victim, and of FMP's on a narrow network but for another machine's column."""
+    def rows(heading: str) -> list[list[str]]:
+        block = FINDINGS[FINDINGS.index(heading):].split("\n\n")[0]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+
+    folder = ROOT / "reference" / "cross"
+    table = pd.read_csv(folder / "tables" / "cross-asr.csv", comment="#", keep_default_na=False)
+    runs = table[table.attack == "BadNets"].set_index("defense").runs
+    shown = rows("| ASR (ACC) at seeds 0 and 1 |")
+    assert len(shown) == 10
+    for defense, *cells in shown:
+        asr, acc = (by_seed(runs[defense], folder, measure) for measure in ("asr", "acc"))
+        assert cells[:2] == [f"{asr[seed]:.1f} ({acc[seed]:.1f})" for seed in (0, 1)], defense
+
+    folder = ROOT / "reference" / "fmp"
+    table = pd.read_csv(folder / "tables" / "fmp-main-complete.csv", comment="#", keep_default_na=False)
+    runs = table[table.measure == "asr"].set_index(["attack", "defense", "settings"]).runs
+    rows_of = {"before": ("Before", "-"), "FP as released by the bench": ("FP", "released"),
+               "FT-SAM": ("FT-SAM", "released"), "RNP": ("RNP", "released"),
+               "fine-tuning alone (FMP without its pruning)": ("FMP, no pruning", "described"),
+               "as many maps at random": ("FMP, random maps", "described"),
+               "as many maps, the least active ones": ("FMP, least active maps", "described"),
+               "FMP as described": ("FMP", "described"), "FMP as released": ("FMP", "released")}
+    shown = rows("| | BadNets, seeds 0, 1, 2: ASR | ACC |")
+    assert len(shown) == 13
+    for label, *cells in shown:
+        for attack, seeds, (asr, acc) in (("BadNets", (0, 1, 2), cells[:2]), ("Blended", (0, 2), cells[3:])):
+            name = runs.get((attack, *rows_of.get(label, (label, "described"))), "")
+            values = by_seed(name, folder, "asr")
+            wanted = ", ".join(f"{values[seed]:.1f}" if seed in values else "-" for seed in seeds) if values else ""
+            accuracy = list(by_seed(name, folder, "acc").values())
+            assert asr == wanted, (label, attack)
+            assert acc == (f"{sum(accuracy) / len(accuracy):.1f}" if accuracy else ""), (label, attack)
 
 
 def test_verdicts_are_the_reference_ones() -> None:
