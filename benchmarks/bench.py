@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.stages import QUICK, STAGES, Bench, Sizes, Stage
 from benchmarks.text_stages import TEXT_STAGES
-from reproduce.engine import single_threaded
+from reproduce.engine import threaded
 from reproduce.errors import UserError
 
 ALL_STAGES = STAGES | TEXT_STAGES
@@ -105,6 +105,6 @@ def main(stages: tuple[str, ...], nad_checkout: Path | None, windows: int, quick
 
 if __name__ == "__main__":
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:      # read when a process starts, so this one starts again
-        with single_threaded():
+        with threaded():
             os.execv(sys.executable, sys.orig_argv)
     main()

@@ -146,27 +146,33 @@ SELECTION = options(
 )
 DATA_ROOT = click.option("--data-root", type=click.Path(file_okay=False, path_type=Path),
                          help="Where data sets are; default: $BACKDOOR_DATA, else ./data.")
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+HARDWARE = options(
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="CPU threads of a "
+                 "process; more than one pays only where nothing else runs, and rounds differently."),
+)
 
 
 @main.command()
 @SELECTION
 @DATA_ROOT
-@DEVICE
-@click.option("--jobs", type=click.IntRange(1, 1024), help="Processes; default: one per core, 4 per GPU.")
+@HARDWARE
+@click.option("--jobs", type=click.IntRange(1, 1024), help="Processes; default: as many as cores have --threads, 4 "
+              "per GPU.")
 @click.option("--graph/--no-graph", default=False, help="Capture training steps in CUDA graphs (GPU only).")
 @click.option("--dry-run", is_flag=True, help="List what would run, what is cached, and the estimated time.")
-def run(data_root: Path | None, device: str, jobs: int | None, graph: bool, dry_run: bool, **selected: Any) -> int:
+def run(data_root: Path | None, device: str, threads: int, jobs: int | None, graph: bool, dry_run: bool,
+        **selected: Any) -> int:
     """Run what is missing of a profile, then write its tables, figures, claims and report."""
     selection = Selection(**selected)
     profile, folder = dataclasses.replace(selection.profile, graph=graph), selection.place
     devices = usable_devices(device)
-    jobs = jobs or ((os.cpu_count() or 1) if devices == ("cpu",) else GPU_JOBS * len(devices))
+    jobs = jobs or (max((os.cpu_count() or 1) // threads, 1) if devices == ("cpu",) else GPU_JOBS * len(devices))
     results = Results(Store(folder), selection.entries(profile))
     tasks = with_dependencies([entry.task for entry in results.entries])
     click.echo(f"profile {profile.name} ({selection.why}): {profile.note}")
-    click.echo(f"{len(tasks)} runs, seeds {', '.join(map(str, profile.seeds))}, {jobs} processes on "
-               f"{', '.join(devices)}, results in {folder}")
+    click.echo(f"{len(tasks)} runs, seeds {', '.join(map(str, profile.seeds))}, {jobs} processes"
+               f"{f' of {threads} threads' if threads > 1 else ''} on {', '.join(devices)}, results in {folder}")
     if dry_run:
         _list(tasks, results.store, jobs)
         return 0
@@ -175,7 +181,7 @@ def run(data_root: Path | None, device: str, jobs: int | None, graph: bool, dry_
     _check_writable(folder, "--results")
     results.store.sweep()
     started = time.monotonic()
-    outcome = execute(tasks, Workers(folder, root, jobs, devices), lambda line: click.echo(line, err=True))
+    outcome = execute(tasks, Workers(folder, root, jobs, devices, threads), lambda line: click.echo(line, err=True))
     click.echo(f"{len(outcome.done)} computed, {len(outcome.reused)} reused, {len(outcome.failed)} failed in "
                f"{_duration(time.monotonic() - started)}", err=True)
     return _report(results, profile, folder)
@@ -341,7 +347,7 @@ SUSPECT = options(
                  "victim's run folder; default: prepared from --seed."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."),
-    DATA_ROOT, DEVICE,
+    DATA_ROOT, HARDWARE,
 )
 
 
@@ -387,7 +393,7 @@ def defend(as_json: bool, defense: str, defense_variant: str | None, clean_fract
 @click.option("--truncate", is_flag=True, help="Cut sentences that are too long for the model.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-@DEVICE
+@HARDWARE
 def purify(as_json: bool, epochs: int, **wanted: Any) -> None:
     """Score and purify sentences of your own with BadActs: label before, suspicion, flagged or not, label after."""
     quiet = as_json or not sys.stderr.isatty()
@@ -414,7 +420,7 @@ def purify(as_json: bool, epochs: int, **wanted: Any) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @DATA_ROOT
-@DEVICE
+@HARDWARE
 def paraphrase(as_json: bool, **wanted: Any) -> None:
     """Rewrite a data set by a generator of your own, for the variant "generated" of an attack by paraphrases."""
     with tqdm(disable=as_json or not sys.stderr.isatty(), desc="rewriting", unit="sentence") as bar:

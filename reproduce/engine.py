@@ -1,7 +1,7 @@
-"""Where tasks run: a pool of single-threaded processes, one per core, or a few per GPU.
+"""Where tasks run: a pool of processes of one thread each, one per core, or a few per GPU.
 
-Two threads of one process beside another busy process slow each other down by an order of magnitude, so a worker
-never uses more than one CPU thread, and parallelism comes from running several tasks at once.
+Two threads of one process beside another busy process slow each other down by an order of magnitude, so parallelism
+comes from running several tasks at once, and a worker has more than one thread only where it is asked for.
 """
 
 import contextlib
@@ -45,12 +45,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes, on which devices, with data from where."""
+    """How many processes of how many threads, on which devices, with data from where."""
 
     store: Path
     root: Path
     jobs: int
     devices: tuple[str, ...] = ("cpu",)
+    threads: int = 1
 
 
 def cost(task: Task) -> float:
@@ -209,13 +210,13 @@ class _Pool:
         devices = self.context.Queue()
         for i in range(self.workers.jobs):
             devices.put(self.workers.devices[i % len(self.workers.devices)])
-        with single_threaded():
+        with threaded(self.workers.threads):
             self.executor = ProcessPoolExecutor(self.workers.jobs, self.context, _start_worker,
                                                 (self.workers, devices, self.messages))
 
     def submit(self, task: Task, holding: str | None) -> Future:
         try:
-            with single_threaded():
+            with threaded(self.workers.threads):
                 future = self.executor.submit(_run, task, holding)
         except BrokenProcessPool:       # since the last look at it
             self._restart()
@@ -250,12 +251,13 @@ def start_method(devices: Sequence[str] = ("cpu",)) -> BaseContext:
 
 
 @contextlib.contextmanager
-def single_threaded() -> Iterator[None]:
-    """Children inherit one-thread settings, and an allocator that keeps freed memory (glibc; a tenth faster).
+def threaded(threads: int = 1) -> Iterator[None]:
+    """Children inherit the settings for so many threads, and an allocator that keeps freed memory (glibc; a tenth
+    faster).
 
     Both are read when a process starts or first imports a math library, so setting them later would be too late.
     """
-    settings = {**dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+    settings = {**dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)),
                 "MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -274,7 +276,7 @@ _runner: Runner | None = None
 
 def _start_worker(workers: Workers, devices: multiprocessing.Queue, messages: multiprocessing.Queue) -> None:
     global _runner
-    belong()
+    belong(workers.threads)
     os.environ["BACKDOOR_DATA"] = str(workers.root)  # where a defense looks for a language model
     device = torch.device(devices.get())
     _runner = Runner(Store(workers.store), workers.root, device,
@@ -282,11 +284,11 @@ def _start_worker(workers: Workers, devices: multiprocessing.Queue, messages: mu
                      note=lambda text: print(text, file=sys.stderr, flush=True))
 
 
-def belong() -> None:
-    """Make this process a worker: one thread, Ctrl-C left to the driver, and no life after the driver's end, however
-    it went: a killed run must not go on unseen."""
+def belong(threads: int = 1) -> None:
+    """Make this process a worker: so many threads, Ctrl-C left to the driver, and no life after the driver's end,
+    however it went: a killed run must not go on unseen."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     driver = multiprocessing.parent_process()
     assert driver
 

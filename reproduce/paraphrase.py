@@ -43,6 +43,7 @@ class Paraphrasing:
     batch: int = 32
     seed: int = 0
     device: str = "auto"
+    threads: int = 1
 
 
 def paraphrase(wanted: Paraphrasing, observe: Callable[[int, int], None] = lambda done, count: None) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def paraphrase(wanted: Paraphrasing, observe: Callable[[int, int], None] = lambd
     chosen = {split: rewritten_rows(wanted.dataset, split, texts.labels).nonzero().flatten().tolist()
               for split, texts in sources.items()}
     paths = {split: rewritten_file(wanted.dataset, wanted.attack + GENERATED, split, root) for split in sources}
-    generate = paraphraser.load(str(wanted.generator), wanted.prompt, wanted.top_p, settled_device(wanted.device))
+    generate = paraphraser.load(str(wanted.generator), wanted.prompt, wanted.top_p,
+                                settled_device(wanted.device, wanted.threads))
     folder = next(iter(paths.values())).parent
     count, before = sum(map(len, chosen.values())), 0
     found: dict[str, Any] = {"sentences": count, "output": str(folder)}

@@ -32,6 +32,7 @@ class Purification:
     truncate: bool = False
     seed: int = 0
     device: str = "auto"
+    threads: int = 1
 
 
 def purify(wanted: Purification, observe: Observer = silent) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def purify(wanted: Purification, observe: Observer = silent) -> dict[str, Any]:
     if not wanted.checkpoint.is_dir():
         raise UserError(f"--checkpoint {wanted.checkpoint} is no folder: name one as save_pretrained writes it, with "
                         "the tokenizer's files")
-    model = encoder.load_pretrained(str(wanted.checkpoint)).to(settled_device(wanted.device))
+    model = encoder.load_pretrained(str(wanted.checkpoint)).to(settled_device(wanted.device, wanted.threads))
     labels = dict(getattr(model.network.config, "label2id", None) or {})
     clean = read_labelled(wanted.clean, model.num_classes, labels)
     sentences = read_sentences(wanted.input, model.num_classes, labels)

@@ -55,6 +55,7 @@ class Suspect:
     trigger: Path | None = None
     seed: int = 0
     device: str = "auto"
+    threads: int = 1
 
     @property
     def root(self) -> Path:
@@ -198,9 +199,9 @@ def usable_devices(choice: str) -> tuple[str, ...]:
     return default_devices(choice)
 
 
-def settled_device(choice: str) -> torch.device:
+def settled_device(choice: str, threads: int) -> torch.device:
     """The one device that a command for somebody's own checkpoint runs on, with arithmetic that repeats."""
-    torch.set_num_threads(1)  # a second thread beside any busy process costs more than it brings
+    torch.set_num_threads(threads)
     device = torch.device(usable_devices(choice)[0])
     repeatable(device)
     return device
@@ -208,7 +209,7 @@ def settled_device(choice: str) -> torch.device:
 
 def _networks(suspect: Suspect, loaded: Dataset) -> tuple[nn.Module, nn.Module | None]:
     """The checkpoint and, where one is named, the clean model, on the device."""
-    place = settled_device(suspect.device)
+    place = settled_device(suspect.device, suspect.threads)
 
     def load(path: Path) -> nn.Module:
         check_whole(path.parent)

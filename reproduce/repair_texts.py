@@ -109,7 +109,7 @@ def _target(suspect: Suspect, dataset: TextDataset) -> int:
 
 def _classifier(suspect: Suspect, dataset: TextDataset) -> TextClassifier:
     """The checkpoint: a folder as `save_pretrained` writes it, a victim's run folder, or its model.safetensors."""
-    place, checkpoint = settled_device(suspect.device), suspect.checkpoint
+    place, checkpoint = settled_device(suspect.device, suspect.threads), suspect.checkpoint
     # A run folder has a config.json too, of another kind.
     if (checkpoint / "config.json").is_file() and not (checkpoint / "done").is_file():
         model = encoder.load_pretrained(str(checkpoint))

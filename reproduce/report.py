@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from reproduce import claims
 from reproduce.cells import Victim, with_dependencies
-from reproduce.engine import belong, single_threaded, start_method
+from reproduce.engine import belong, start_method, threaded
 from reproduce.protocols import PAPERS, Profile
 from reproduce.results import Results
 from tables import render
@@ -98,7 +98,7 @@ def _drawing(results: Results, papers: list[str], smoke: bool, folder: Path,
         yield {paper: partial(_draw, paper, results, smoke, folder) for paper in papers}
         return
     fresh = Results(results.store, results.entries)     # without what was read, which would have to travel
-    with single_threaded(), ProcessPoolExecutor(processes, start_method(), belong) as pool:
+    with threaded(), ProcessPoolExecutor(processes, start_method(), belong) as pool:
         try:
             yield {paper: pool.submit(_draw, paper, fresh, smoke, folder).result for paper in papers}
         except BaseException:

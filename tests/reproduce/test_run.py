@@ -253,6 +253,22 @@ def test_a_pool_that_broke_since_the_last_look_is_started_anew(tmp_path: Path) -
         assert "ACC" in pool.submit(VICTIM, None).result(timeout=120)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_worker_has_the_threads_that_were_asked_for(tmp_path: Path, threads: int) -> None:
+    with engine._Pool(Workers(tmp_path, tmp_path, 1, threads=threads)) as pool:
+        assert pool.executor.submit(torch.get_num_threads).result() == threads
+
+
+@pytest.mark.parametrize(("threads", "said"), [(1, ", 9 processes on"), (4, ", 2 processes of 4 threads on"),
+                                               (16, ", 1 processes of 16 threads on")])
+def test_cores_are_shared_out_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int,
+                                              said: str) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    done = CliRunner().invoke(main, ["run", "--profile", "quick", "--paper", "nad", "--device", "cpu", "--dry-run",
+                                     "--threads", str(threads), "--results", str(tmp_path)])
+    assert done.exit_code == 0 and said in done.stdout
+
+
 def test_what_a_defense_shows_is_stored_with_its_run(tmp_path: Path) -> None:
     runner = Runner(Store(tmp_path), tmp_path, torch.device("cpu"))
     inverting = mcldef.Config(target=0, pixel=mcldef.Pixel(steps=1), recipe=RECIPE)
