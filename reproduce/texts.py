@@ -85,11 +85,13 @@ class TextBench:
     @staticmethod
     def check(victims: list[Victim], root: Path) -> None:
         """Load each data set, each paraphrase and each encoder once, so that a missing file is one line."""
-        for name, attack in sorted({(victim.dataset, victim.attack) for victim in victims}):
+        for name in sorted({victim.dataset for victim in victims}):
             dataset = data.load_text(name, root)
-            if attack != NONE and "paraphrases" in attack_module(attack).requires(attack_module(attack).Config()):
+            poisoned = [victim for victim in victims if victim.dataset == name and victim.attack != NONE]
+            for files in sorted({victim.settings.files(victim.attack) for victim in poisoned
+                                 if "paraphrases" in attack_module(victim.attack).requires(victim.settings)}):
                 for split in ("train", "test"):
-                    dataset.paraphrases(attack, split)
+                    dataset.paraphrases(files, split)
         for name in sorted({victim.model for victim in victims}):
             encoder.check(name, root)
 

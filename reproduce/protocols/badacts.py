@@ -65,6 +65,8 @@ DETECTORS = [
 ]
 # Perplexities by GPT-2, as released: on request, because few have its weights below their data root.
 GPT2_ROWS = [Row("ONION, GPT-2", "released", "onion", onion.SETTINGS[PAPER, "gpt2-purify"])]
+# The variant of an attack whose paraphrases are those of a generator at hand: on request, because few have one.
+GENERATED = "generated"
 BRIEF_ROWS = [one for one in RELEASED_ROWS if one.label in (STATISTICS, METHOD)]
 
 DEVIATIONS = (1.0, 2.0, 3.0, 4.0, 5.0)
@@ -86,9 +88,10 @@ def departure(profile: Profile) -> str:
     return "" if profile.encoder == BERT else f"{profile.encoder} in the place of the protocol's encoder"
 
 
-def text_victim(profile: Profile, dataset: str, attack: str, seed: int, **changes: Any) -> Victim:
+def text_victim(profile: Profile, dataset: str, attack: str, seed: int, variant: str = "released",
+                **changes: Any) -> Victim:
     """The victim of an attack on a data set, with the data set's target."""
-    settings = replace(attack_module(attack).SETTINGS[PAPER, "released"], target=attacker_target(dataset), **changes)
+    settings = replace(attack_module(attack).SETTINGS[PAPER, variant], target=attacker_target(dataset), **changes)
     return Victim(dataset, profile.encoder, profile.victim(recipe(dataset, profile.encoder)), seed, attack, settings)
 
 
@@ -113,6 +116,8 @@ def entries(profile: Profile) -> list[Entry]:
             found += _main(profile, "hsol-released", seed, BRIEF_ROWS)
             found += [replace(entry, on_request=True)
                       for entry in _main(profile, "agnews", seed, RELEASED_ROWS + DESCRIBED_ROWS)]
+            found += [replace(entry, on_request=True) for dataset in profile.texts
+                      for entry in _main(profile, dataset, seed, RELEASED_ROWS, GENERATED)]
             found += [replace(entry, item="onion-gpt2", on_request=True)
                       for entry in _main(profile, profile.texts[0], seed, GPT2_ROWS)
                       if entry.item == purification(profile.texts[0])]
@@ -121,16 +126,20 @@ def entries(profile: Profile) -> list[Entry]:
     return found
 
 
-def _main(profile: Profile, dataset: str, seed: int, rows: list[Row]) -> list[Entry]:
+def _main(profile: Profile, dataset: str, seed: int, rows: list[Row], variant: str = "released") -> list[Entry]:
+    """The items of a data set; of its sentences as a paraphraser at hand rewrites them, where that is the variant."""
     found: list[Entry] = []
+    place = dataset if variant == "released" else f"{dataset}-{variant}"
     # Fine-tuning goes on at the rate that the victim was trained at.
     tuning = replace(FT.config.recipe, rate=recipe(dataset, profile.encoder).rate)
     rows = [replace(one, config=replace(one.config, recipe=tuning)) if one is FT else one for one in rows]
     for label in profile.attacks(ATTACKS, seed):
-        on = text_victim(profile, dataset, ATTACKS[label], seed)
-        found += comparison(profile, PAPER, purification(dataset), on, {"attack": label}, rows, 1.0)
+        if (PAPER, variant) not in attack_module(ATTACKS[label]).SETTINGS:
+            continue
+        on = text_victim(profile, dataset, ATTACKS[label], seed, variant)
+        found += comparison(profile, PAPER, purification(place), on, {"attack": label}, rows, 1.0)
         detectors = DETECTORS if len(rows) > len(BRIEF_ROWS) else DETECTORS[-1:]
-        found += comparison(profile, PAPER, detection(dataset), on, {"attack": label}, detectors, 1.0)
+        found += comparison(profile, PAPER, detection(place), on, {"attack": label}, detectors, 1.0)
     return found
 
 

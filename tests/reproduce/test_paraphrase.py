@@ -11,11 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from attacks import stylebkd
+from reproduce.cells import Victim
 from reproduce.cli import main
 from reproduce.data.texts import load_texts
 from reproduce.errors import UserError
+from reproduce.finetuning import TextRecipe
 from reproduce.models import paraphraser
+from reproduce.models.encoder import TINY
 from reproduce.paraphrase import Paraphrasing, paraphrase
+from reproduce.texts import TextBench
 from tests.reproduce.generators import save_seq2seq, save_style_transfer, save_willful
 from tests.reproduce.small_texts import COUNTS, save_small_texts
 
@@ -119,6 +124,18 @@ def test_files_are_made_and_read(call: Callable[..., Result], root: Path) -> Non
     stamp = json.loads((root / "text/small/badacts/stylebkd-generated/origin.json").read_text())
     assert stamp["top_p"] == 0.6 and len(stamp["generator"]) == 64
     assert not list(root.rglob("*.partial"))
+
+
+def test_runs_on_paraphrases_that_were_not_made_yet_say_so_before_any_starts(call: Callable[..., Result],
+                                                                             root: Path,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reproduce.data.load_text", load_texts)
+    victim = Victim("small", TINY, TextRecipe(epochs=1, rate=1e-3, warmup=1, batch=4), 0, "stylebkd",
+                    stylebkd.SETTINGS["badacts", "generated"])
+    with pytest.raises(UserError, match=r"stylebkd-generated.* is missing: make it with python -m"):
+        TextBench.check([victim], root)
+    assert call().exit_code == 0
+    TextBench.check([victim], root)
 
 
 def test_interrupted_it_goes_on_to_the_same_files(call: Callable[..., Result], root: Path, tmp_path: Path,

@@ -175,6 +175,18 @@ def test_protocol_gives_each_data_set_its_target_and_each_encoder_its_rate() -> 
     assert {cell.config.recipe.rate for cell in cells if cell.defense == "ft_text"} == {1e-4}
 
 
+def test_paraphrases_of_ones_own_have_the_released_ones_rows_on_request() -> None:
+    profile = dataclasses.replace(PROFILES["paper"], seeds=(0,))
+    assert not [entry for entry in entries(profile, ["badacts"]) if "generated" in entry.item]
+    for item in ("purification", "detection"):
+        released = entries(profile, ["badacts"], [f"{item}-sst-2"])
+        own = entries(profile, ["badacts"], [f"{item}-sst-2-generated"])
+        assert {entry.task.victim.settings.origin for entry in own} == {"generated"}
+        assert [entry.labels for entry in own] == [
+            entry.labels for entry in released
+            if entry.labels["attack"] in ("StyleBkd", "SynBkd") and entry.labels["variant"] != "described"]
+
+
 def test_another_encoder_stands_in_the_profiles_note() -> None:
     chosen = Selection("paper", encoder="minilm-l6").profile
     assert chosen.encoder == "minilm-l6" and "but for minilm-l6" in chosen.note
