@@ -28,7 +28,17 @@ from reproduce.claims.criteria import (
     finished,
     of,
 )
-from reproduce.protocols.badacts import GENERATED, METHOD, PAPER, RANDOM, STATISTICS, THEN, WORDS, detection, purification
+from reproduce.protocols.badacts import (
+    GENERATED,
+    METHOD,
+    PAPER,
+    RANDOM,
+    STATISTICS,
+    THEN,
+    WORDS,
+    detection,
+    purification,
+)
 from reproduce.results import Results
 from tables.badacts import STAND_IN, datasets
 from tables.comparison import rows
@@ -51,7 +61,8 @@ TELLS = 80.0
 
 
 def claims(results: Results) -> list[Claim]:
-    """The abstract's claims and the controls, over all data sets but those whose validation split is the test split."""
+    """The abstract's claims and the controls, over the data sets as they were released, but for the one
+    whose validation split is its test split."""
     names = [name for name in datasets(results) if not name.endswith(("-released", f"-{GENERATED}"))]
     purified, detected = (_table(results, names, item) for item in (purification, detection))
     found = [_claim(
