@@ -57,17 +57,16 @@ def temperature(results: Results) -> Figure | None:
                   data.drop(columns="order"), seeds(data))
 
 
-def _first(results: Results, defenses: tuple[str, ...]) -> pd.DataFrame:
-    """The first finished seed of these rows of the main table, per attack and defense."""
+def _finished(results: Results, *defenses: str) -> pd.DataFrame:
+    """These rows of the main table, as far as they are finished."""
     frame = rows(results, PAPER, "main", "attack", "defense", "variant")
-    frame = frame[frame.defense.isin(defenses) & (frame.status == "done")]
-    return frame.drop_duplicates(["attack", "defense"])
+    return frame[frame.defense.isin(defenses) & (frame.status == "done")]
 
 
 def inverted(results: Results) -> Figure | None:
     """The inverted trigger beside the true one."""
     shown = []
-    for line in _first(results, (METHOD,)).itertuples():
+    for line in _finished(results, METHOD).drop_duplicates("attack").itertuples():
         run = results.finished(line.run)
         samples, trigger = run.arrays("samples"), run.tensors("defense")["trigger"].numpy()
         true = samples["triggered"][0].astype(int) - samples["images"][0]
@@ -98,15 +97,17 @@ def inverted(results: Results) -> Figure | None:
 
 
 def projection(results: Results, smoke: bool, attack: str = "BadNets") -> Figure | None:
-    """Features of clean and triggered images in the plane, before and after."""
-    frame = _first(results, PROJECTED)
-    found = {}
+    """Features of clean and triggered images in the plane, before and after; of the first seed that has most of them,
+    for runs made by earlier code have none."""
+    frame = _finished(results, *PROJECTED)
+    stored: dict[int, dict[str, tuple[str, dict[str, np.ndarray]]]] = {}
     for line in frame[frame.attack == attack].itertuples():
-        run = results.finished(line.run)
-        arrays = run.arrays("samples")
+        arrays = results.finished(line.run).arrays("samples")
         if "features_triggered" in arrays:
-            found[line.defense] = (line.run, arrays)
-    if METHOD not in found:
+            stored.setdefault(line.seed, {}).setdefault(line.defense, (line.run, arrays))
+    seed = max((seed for seed in stored if METHOD in stored[seed]), key=lambda one: len(stored[one]), default=None)
+    found = stored.get(seed, {})
+    if not found:
         return None
     method = "PCA" if smoke else "t-SNE"
     parts = []
@@ -132,7 +133,7 @@ def projection(results: Results, smoke: bool, attack: str = "BadNets") -> Figure
             bare(axis)
         return figure
 
-    return Figure("features", f"MCLDef: features of clean and triggered images ({attack})",
+    return Figure("features", f"MCLDef: features of clean and triggered images ({attack}, seed {seed})",
                   f"{method} of the classifier's input; dots: clean test images, coloured by class; crosses: triggered "
                   "ones, which the true classes should absorb. Each panel is projected by itself, so places do not "
                   "compare between panels.", draw, data)

@@ -3,6 +3,8 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +89,22 @@ def test_every_item_has_its_figure(module, results: dict[str, Results]) -> None:
     for figure in drawn:
         assert shows(figure), figure.name
     assert module.figures(Results(Store(Path("nowhere")), [])) == []
+
+
+def test_features_are_of_a_seed_that_shows_them_before_and_after(results: dict[str, Results],
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    found = results["mcldef"]
+    finished = found.finished
+
+    def of_earlier_code(name: str) -> Any:
+        arrays = finished(name).arrays("samples")
+        kept = [key for key in arrays if "features" not in key or not name.startswith("victim-badnets-s0")]
+        return SimpleNamespace(arrays=lambda _kind: {key: arrays[key] for key in kept})
+
+    assert "seed 0" in figures.mcldef.projection(found, smoke=True).title
+    monkeypatch.setattr(found, "finished", of_earlier_code)
+    drawn = figures.mcldef.projection(found, smoke=True)
+    assert "seed 1" in drawn.title and list(drawn.data.defense.unique()) == ["Before", "FT", "MCLDef"]
 
 
 def test_estimated_targets_are_counted(results: dict[str, Results]) -> None:
