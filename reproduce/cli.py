@@ -171,7 +171,7 @@ def run(data_root: Path | None, device: str, threads: int, jobs: int | None, gra
     results = Results(Store(folder), selection.entries(profile))
     tasks = with_dependencies([entry.task for entry in results.entries])
     click.echo(f"profile {profile.name} ({selection.why}): {profile.note}")
-    click.echo(f"{len(tasks)} runs, seeds {', '.join(map(str, profile.seeds))}, {jobs} processes"
+    click.echo(f"{len(tasks)} runs, seeds {', '.join(map(str, profile.seeds))}, {_processes(jobs)}"
                f"{f' of {threads} threads' if threads > 1 else ''} on {', '.join(devices)}, results in {folder}")
     if dry_run:
         _list(tasks, results.store, jobs)
@@ -257,7 +257,11 @@ def _list(tasks: list[Task], store: Store, jobs: int) -> None:
         if state == "done":
             state = "stripped" if task.name in waiting else "cached"
         click.echo(f"{state:8} {_duration(seconds):>8}  {task.name}")
-    click.echo(f"about {_duration(left / jobs)} left with {jobs} processes")
+    click.echo(f"about {_duration(left / jobs)} left with {_processes(jobs)}")
+
+
+def _processes(jobs: int) -> str:
+    return "1 process" if jobs == 1 else f"{jobs} processes"
 
 
 def _report(results: Results, profile: Profile, folder: Path) -> int:

@@ -256,5 +256,7 @@ def hardware(results: Results, name: str) -> str:
     """What a finished run was computed on."""
     run = results.finished(name)
     environment = run.json("environment")
-    threads = f", {environment.get('threads', '?')} threads" if environment.get("device") == "cpu" else ""
-    return processor(run) + threads
+    if environment.get("device") != "cpu":
+        return processor(run)
+    threads = environment.get("threads", "?")
+    return f"{processor(run)}, {threads} thread{'' if threads == 1 else 's'}"

@@ -260,7 +260,7 @@ def test_a_worker_has_the_threads_that_were_asked_for(tmp_path: Path, threads: i
 
 
 @pytest.mark.parametrize(("threads", "said"), [(1, ", 9 processes on"), (4, ", 2 processes of 4 threads on"),
-                                               (16, ", 1 processes of 16 threads on")])
+                                               (16, ", 1 process of 16 threads on")])
 def test_cores_are_shared_out_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int,
                                               said: str) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 9)
