@@ -16,6 +16,7 @@ from reproduce import data, models
 from reproduce.cli import main
 from reproduce.models import build
 from reproduce.protocols.nad import RELEASED
+from reproduce.repair import settled_device
 from reproduce.store import Store
 from reproduce.training import Recipe, predict, train
 
@@ -216,3 +217,9 @@ def test_a_trigger_made_with_the_victim_must_be_named(checkpoint: Path, tmp_path
     save_file({"field": identity}, tmp_path / "trigger.safetensors")
     found = json.loads(call("evaluate", *warping, "--trigger", str(tmp_path / "trigger.safetensors"), "--json")[1])
     assert found["asr"] < 20 and found["ra"] > 80  # a warping that moves nothing
+
+
+def test_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert settled_device("cpu", 3).type == "cpu" and asked == [3]
