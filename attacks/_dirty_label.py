@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from reproduce.data.texts import GENERATED
+from reproduce.data.texts import MADE
 
 
 @dataclass(frozen=True)
@@ -22,4 +22,4 @@ class Rewriting(DirtyLabel):
 
     def files(self, attack: str) -> str:
         """The name that the attack's paraphrases go by in a data root."""
-        return attack + GENERATED if self.origin == "generated" else attack
+        return attack + MADE if self.origin == "generated" else attack

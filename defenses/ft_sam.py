@@ -55,8 +55,9 @@ class Config:
     recipe: Recipe = RELEASED
 
     def __post_init__(self) -> None:
-        if self.rho < 0 or not 0 <= self.smoothing < 1:
-            raise UserError("FT-SAM needs rho >= 0 and a smoothing in [0, 1), not "
+        # Beyond one half the label of two classes would be the other one.
+        if self.rho < 0 or not 0 <= self.smoothing <= 0.5:
+            raise UserError("FT-SAM needs rho >= 0 and a smoothing in [0, 0.5], not "
                             f"rho={self.rho}, smoothing={self.smoothing}")
         if self.annealed is not None and (self.annealed < 1 or self.recipe.cosine or len(self.recipe.rates) > 1):
             raise UserError("FT-SAM anneals from step to step (annealed >= 1) or as its recipe says, not both")

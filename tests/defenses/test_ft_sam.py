@@ -119,7 +119,7 @@ def test_settings_anneal_as_they_say():
 
 
 @pytest.mark.parametrize("changes", [
-    {"rho": -1.0}, {"smoothing": 1.0}, {"annealed": 0}, {"recipe": ft.BENCH}, {"recipe": ft.RELEASED}])
+    {"rho": -1.0}, {"smoothing": 0.6}, {"annealed": 0}, {"recipe": ft.BENCH}, {"recipe": ft.RELEASED}])
 def test_impossible_settings_are_refused(changes):
     with pytest.raises(UserError, match="FT-SAM"):
         replace(ft_sam.Config(), **changes)
