@@ -69,7 +69,7 @@ def defend(model: TextClassifier, clean: Texts, config: Config, seed: int, obser
     def judge(texts: Sequence[str]) -> Judged:
         return Judged(fresh.logits(texts).argmax(1))
 
-    return Guard(judge, model=fresh, tensors={"kept": kept, "clusters": clusters},
+    return Guard(judge, model=fresh, kept=kept, tensors={"clusters": clusters},
                  info={"dropped": len(kept) - len(left), "clusters": int(clusters.max()) + 1,
                        "noise": float((clusters < 0).float().mean())})
 

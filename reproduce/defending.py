@@ -65,6 +65,7 @@ class Guard:
     """A defended text classifier: `judge` classifies sentences; the victim is untouched unless `model` is given.
 
     held_out: suspicion of the clean sentences that the threshold was chosen on, where there is one.
+    kept: of a defense that cleans the training set, the rows of it that it keeps, bool (N,).
     hook: what the guard does to the activations of the victim, for the figures. info, tensors: as in `Defended`.
     """
 
@@ -73,6 +74,7 @@ class Guard:
     threshold: float | None = None
     held_out: Tensor | None = None
     hook: LayerHook | None = None
+    kept: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 

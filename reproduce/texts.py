@@ -98,7 +98,8 @@ class TextBench:
     def victim(self, victim: Victim) -> Outcome:
         started = time.perf_counter()
         dataset = data.load_text(victim.dataset, self.at.root)
-        train, info = self._training_set(victim, dataset)
+        train, poisoned = self._training_set(victim, dataset)
+        info: dict[str, Any] = {} if victim.attack == NONE else {"poisoned": int(poisoned.sum())}
         model = self._untrained(victim, dataset)
         checkpoint = self.at.store.progress(victim.name)
         resumed = checkpoint.load()
@@ -122,16 +123,20 @@ class TextBench:
         module, base = defense_module(cell.defense), cell.base()
         clean = clean_texts(dataset.validation, cell.clean_fraction, cell.seed)
         history: list[dict[str, Any]] = []
-        training = None
+        training = poisoned = None
         if "training-data" in module.requires(cell.config):
-            training = self._training_data(cell.victim, dataset)
+            training, poisoned = self._training_data(cell.victim, dataset)
         base_tensors = self.at.run(base).tensors("defense") if base else None
         started = time.perf_counter()
         guard = module.defend(model, clean, cell.config, cell.seed, self._observer(cell, history), base_tensors,
                               training)
         seconds = round(time.perf_counter() - started, 2)
         self.at.progress(cell.name, 1.0, "evaluating")
-        return self._judged(guard, model, test, history, {**guard.info, "clean_sentences": len(clean)}, seconds)
+        info = {**guard.info, "clean_sentences": len(clean)}
+        if guard.kept is not None and poisoned is not None:
+            info |= {"training_sentences": len(poisoned), "poisoned": int(poisoned.sum()),
+                     "dropped_poisoned": int((poisoned & ~guard.kept).sum())}
+        return self._judged(guard, model, test, history, info, seconds)
 
     def _judged(self, guard: Guard, plain: TextClassifier, test: TextTestSet, history: list[dict[str, Any]],
                 info: dict[str, Any], seconds: float) -> Outcome:
@@ -152,7 +157,8 @@ class TextBench:
             measured |= detection_metrics(detection, int(test.wanted[0]) if len(test.wanted) else -1)
             info["threshold"] = guard.threshold
             arrays["scores"] = vars(detection)
-        tensors = {"defense": guard.tensors} if guard.tensors else {}
+        stored = guard.tensors if guard.kept is None else {**guard.tensors, "kept": guard.kept}
+        tensors = {"defense": stored} if stored else {}
         if guard.model is not None:
             tensors["model"] = guard.model.network.state_dict()
         return Outcome({**measured, "seconds": seconds, "info": info}, history, arrays, tensors)
@@ -167,27 +173,30 @@ class TextBench:
             self.at.progress(task.name, epoch / epochs, f"{phase} epoch {epoch}/{epochs}")
         return observe
 
-    def _training_set(self, victim: Victim, dataset: TextDataset) -> tuple[Texts, dict[str, Any]]:
-        """What the victim is trained on, and how many of it are poisoned."""
+    def _training_set(self, victim: Victim, dataset: TextDataset) -> tuple[Texts, Tensor]:
+        """What the victim is trained on, and which of it is poisoned, bool (N,)."""
         if victim.attack == NONE:
-            return dataset.train, {}
+            return dataset.train, torch.zeros(len(dataset.train), dtype=torch.bool)
         module = attack_module(victim.attack)
 
         def trigger(texts: Sequence[str], rows: Sequence[int]) -> list[str]:
             return module.apply(texts, rows, victim.settings, victim.seed, "train", dataset.paraphrases)
 
-        train, mask = poison_texts(dataset.train, victim.settings, victim.seed, trigger)
-        return train, {"poisoned": int(mask.sum())}
+        return poison_texts(dataset.train, victim.settings, victim.seed, trigger)
 
     def _untrained(self, victim: Victim, dataset: TextDataset) -> TextClassifier:
         return encoder.build(victim.model, dataset.num_classes, victim.seed, self.at.root).to(self.at.device)
 
-    def _training_data(self, victim: Victim, dataset: TextDataset) -> TrainingData:
+    def _training_data(self, victim: Victim, dataset: TextDataset) -> tuple[TrainingData, Tensor]:
+        """What a defense that cleans the training set gets, and, not for it, which rows are poisoned, bool (N,)."""
+        train, poisoned = self._training_set(victim, dataset)
+
         def fit(train: Texts, observe: Observer) -> TextClassifier:
             model = self._untrained(victim, dataset)
             fine_tune(model, train, dataset.validation, victim.recipe, victim.seed, phase="victim", observe=observe)
             return model
-        return TrainingData(self._training_set(victim, dataset)[0], fit)
+
+        return TrainingData(train, fit), poisoned
 
     def _load_victim(self, victim: Victim) -> tuple[TextClassifier, TextTestSet]:
         if self._kept is None or self._kept[0] != victim.name:

@@ -108,6 +108,7 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     whole = study(results)
     built = [_noted(one, NAMES) for one in grids(results, whole) + _per_dataset(results, purification, detection_first)]
     built += _per_dataset(results, detection, detectors) + _per_dataset(results, purification, intervals)
+    built += _per_dataset(results, purification, cleaning)
     built += details(results, whole)
     built = [_noted(one, STAND_IN) if WORDS in set(one.data.get("defense", ())) else one for one in built]
     for factor in FACTORS:
@@ -234,6 +235,31 @@ def intervals(results: Results, dataset: str) -> Table:
                  f"constants that the search starts from; \"{RANDOM}\": the optimised intervals in another order of "
                  f"the units of a layer; \"{CLS}\": applied to the first token alone. ACC and ASR in percent; marks "
                  "within an attack.", pd.DataFrame(shown), data, frame, legend(["acc", "asr"]))
+
+
+def cleaning(results: Results, dataset: str) -> Table:
+    """What a defense that cleans the training set takes out of it."""
+    frame = reported(results, defense_rows(results, PAPER, purification(dataset)), "training_sentences", "poisoned",
+                     "clusters", "dropped", "dropped_poisoned")
+    # Runs of before this was counted, and all other defenses, do not say.
+    frame = frame[frame.dropped_poisoned.notna()]
+    frame = frame.assign(of_poisoned=100 * frame.dropped_poisoned / frame.poisoned,
+                         of_clean=100 * (frame.dropped - frame.dropped_poisoned) /
+                         (frame.training_sentences - frame.poisoned))
+    keys = ["attack", "defense", "settings"]
+    columns = {"clusters": "Clusters", "of_poisoned": "Poisoned dropped", "of_clean": "Clean dropped", "acc": "ACC",
+               "asr": "ASR"}
+    data = estimates(frame, keys, list(columns)) if len(frame) else frame
+    shown = []
+    for (attack, defense, settings), part in data.groupby(keys, sort=False):
+        cells = {columns[row.measure]: printed(row, 1) for row in part.iloc}
+        shown.append({"Attack": attack, "Defense": defense, "Settings": settings, **cells,
+                      "n": Value(str(int(part.n.max())))})
+    return table(f"{purification(dataset)}-cleaning", f"BadActs: what cleaning the training set drops, {dataset}",
+                 "Poisoned dropped, clean dropped: percent of the poisoned and of the other training sentences that "
+                 "the defense takes out before a new model is trained on what is left; ACC and ASR, in percent, are "
+                 "that model's. Clusters: of the training sentences' features. A run made before this was counted "
+                 "is not here.", pd.DataFrame(shown), data, frame, SPREAD)
 
 
 def language_models(results: Results) -> Table:

@@ -35,6 +35,7 @@ LEVELS = {"Before": (90, 98), METHOD: (85, 12), THEN: (89, 14), REJECT: (86, 5),
           "ONION": (80, 40), "BadActs, dealt anew": (70, 50)}
 OTHERS = (84, 30)
 TRIGGER = {"unchanged": 1.5, "degenerate": 20.0, "clean_degenerate": 2.0, "words_kept": 70.0, "length": 110.0}
+CLEANED = {"clusters": 3, "training_sentences": 200, "poisoned": 40, "dropped": 46, "dropped_poisoned": 30}
 
 
 def predictions(acc: float, asr: float, rng: np.random.Generator) -> Predictions:
@@ -70,6 +71,8 @@ def write_run(store: Store, task: Task, acc: float, asr: float, seed: int, shift
         centre, width = torch.zeros(LAYERS, UNITS), 1 + torch.rand(LAYERS, UNITS, generator=torch.manual_seed(seed))
         tensors = {"defense": {"lower": centre - width / 2, "upper": centre + width / 2}}
         info = {"width": 1.5, "kept": 98.5, "restarts": 1, "judging_seconds": 3.0}
+        if task.defense == "cube":
+            info = {"judging_seconds": 3.0, **CLEANED}
     if shift is not None:
         found = suspicions(shift, rng)
         arrays["scores"] = vars(found)
@@ -110,7 +113,7 @@ def built(results: Results) -> dict[str, Table]:
 PURIFIED = "purification-sentences"
 TABLES = {"main", "main-acc", "detection-sentences", "deviations", "frr", "weight", "layers", "validation",
           "poison-rate", "triggers", "cost", *(f"{PURIFIED}-{name}" for name in (
-              "detection-first", "intervals", "complete", "averages", "significance", "significance-2",
+              "detection-first", "intervals", "cleaning", "complete", "averages", "significance", "significance-2",
               "by-attack", "by-attack-2"))}
 FIGURES = {"main", "trade-off", "suspicion", "roc", "interval-widths", "activations", "deviations", "frr", "weight",
            "layers", "validation", "poison-rate"}
@@ -124,6 +127,13 @@ def test_every_item_has_its_table(built: dict[str, Table]) -> None:
             assert not re.search(r"\bnan\b", text, re.IGNORECASE), table.name
             assert "image" not in text, table.name
     assert tables.tables(NOTHING) == []
+
+
+def test_cleaning_says_how_much_it_drops_of_the_poisoned_and_of_the_clean(built: dict[str, Table]) -> None:
+    table = built[f"{PURIFIED}-cleaning"]
+    assert set(table.data.defense) == {"CUBE"}
+    means = table.data.groupby("measure")["mean"].unique().map(list)
+    assert means["of_poisoned"] == [75.0] and means["of_clean"] == [10.0] and means["clusters"] == [3.0]
 
 
 def test_every_item_has_its_figure(results: Results) -> None:

@@ -87,7 +87,7 @@ def test_the_new_model_is_trained_on_what_is_left() -> None:
         return trained(texts)
 
     guard = cube.defend(victim.model, victim.data.validation, SMALL, 0, training=TrainingData(victim.train, fit))
-    kept = guard.tensors["kept"]
+    kept = guard.kept
     assert seen[0].texts == victim.train.take(kept.nonzero().flatten()).texts
     assert guard.info["dropped"] == len(victim.train) - len(seen[0]) == int((~kept).sum()) > 0
     assert guard.model is not None and guard.model is not victim.model
@@ -102,7 +102,7 @@ def test_it_helps_where_the_poison_is_a_cluster_of_its_own(monkeypatch: pytest.M
     monkeypatch.setattr(cube, "clustered", lambda features, config: victim.train.labels + victim.poisoned.long())
     guard = cube.defend(victim.model, victim.data.validation, SMALL, 0,
                         training=TrainingData(victim.train, lambda texts, observe: trained(texts)))
-    assert torch.equal(guard.tensors["kept"], ~victim.poisoned)
+    assert torch.equal(guard.kept, ~victim.poisoned)
     assert share(guard.judge(victim.triggered).labels, 1) < 0.2
 
 

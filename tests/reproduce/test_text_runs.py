@@ -115,6 +115,26 @@ def test_cleaning_the_training_set_trains_from_the_victims_initialisation(root: 
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
+def test_what_cleaning_drops_is_held_against_what_is_poisoned(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def pooled(model: object, texts: tuple[str, ...]) -> torch.Tensor:
+        seen.extend(texts)
+        return torch.zeros(len(texts), 1)
+
+    monkeypatch.setattr(cube, "pooled", pooled)
+    monkeypatch.setattr(cube, "clustered", lambda features, config: torch.zeros(len(features), dtype=torch.long))
+    monkeypatch.setattr(cube, "largest", lambda labels, clusters, share: torch.arange(len(labels)) < len(labels) - 50)
+    # Another share, because a run of the released one may be there.
+    run = runner(root).run(Cell(VICTIM, "cube", cube.Config(share=0.3), 1.0))
+    triggered = ["3D movie" in text for text in seen]
+    info = run.json("metrics")["info"]
+    assert 0 < sum(triggered[-50:]) < 50
+    assert {name: info[name] for name in ("training_sentences", "dropped", "poisoned", "dropped_poisoned")} == {
+        "training_sentences": len(seen), "dropped": 50, "poisoned": sum(triggered),
+        "dropped_poisoned": sum(triggered[-50:])}
+
+
 def test_clean_and_triggered_sentences_are_judged_together(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     original = strip.defend
