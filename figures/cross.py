@@ -1,4 +1,4 @@
-"""All defenses on all attacks: critical-difference diagrams and the trade-off of ASR and ACC."""
+"""All defenses on all attacks: critical-difference diagrams, ASR against the base rate, and against ACC."""
 
 from dataclasses import replace
 
@@ -7,7 +7,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from figures.comparison import if_present
-from figures.style import BARS, LABELS, Figure, done, look, panels, seeds, trade_offs
+from figures.style import (
+    BARS,
+    LABELS,
+    ROOTS,
+    Figure,
+    done,
+    legend,
+    look,
+    marks,
+    panels,
+    seeds,
+    tiles,
+    trade_offs,
+)
 from reproduce.results import Results
 from reproduce.statistics import ALPHA, Ranking
 from tables.cross import PAPER, equals, main_rows, ranked
@@ -18,6 +31,7 @@ RANKED = ("asr", "acc")
 def figures(results: Results, smoke: bool = False) -> list[Figure]:
     """Every figure whose runs are at hand."""
     built = if_present(results, PAPER, "main", lambda: critical_difference(results))
+    built += if_present(results, PAPER, "main", lambda: base_rates(results))
     built += if_present(results, PAPER, "main", lambda: trade_off(results))
     return [replace(figure, name=f"{PAPER}-{figure.name}") for figure in built]
 
@@ -65,6 +79,32 @@ def _diagram(axis: Axes, names: list[str], result: Ranking) -> None:
     axis.set(ylim=(len(order) - 0.5, -0.5), xlabel="mean rank",
              xlim=(0.7, len(names) + 0.5 + 0.25 * len(cliques)))
     axis.grid(axis="y", visible=False)
+
+
+def base_rates(results: Results) -> Figure | None:
+    """What each defense leaves of ASR, against what the same images get without the trigger, a panel per attack."""
+    data = done(main_rows(results), ["attack", "defense"], ("asr", "base_rate"))
+    if not len(data):
+        return None
+    attacks, defenses = (list(dict.fromkeys(data[key])) for key in ("attack", "defense"))
+
+    def draw() -> Canvas:
+        with tiles(attacks, LABELS["asr"], LABELS["base_rate"], columns=min(3, len(attacks)), extra=1.5) as (
+                figure, axes):
+            for axis, attack in zip(axes, attacks, strict=True):
+                axis.plot([0, 110], [0, 110], color="0.6", linewidth=0.8, linestyle="--", zorder=1)
+                marks(axis, data[data.attack == attack], "defense", defenses, "base_rate")
+                axis.set_yscale("function", functions=ROOTS)
+                axis.set(ylim=(-0.05, 1.2 * data[data.measure == "base_rate"]["mean"].max() + 1),
+                         yticks=(0, 1, 5, 20), yticklabels=("0", "1", "5", "20"))
+            legend(figure, axes[0], len(defenses))
+        return figure
+
+    return Figure("base-rate", "Every defense on every attack: ASR against the base rate",
+                  "Base rate: the share of the same test images that the same model calls the target without the "
+                  "trigger. On the dashed line the trigger makes no difference; excess ASR is the way from there to "
+                  f"the right. A lower base rate is no repair. Both on square-root scales. {BARS} {seeds(data)}.",
+                  draw, data, seeds(data))
 
 
 def trade_off(results: Results) -> Figure | None:

@@ -29,7 +29,8 @@ SETTINGS = {
     "grid.linewidth": 0.5, "grid.color": "0.9", "lines.linewidth": 1.2, "lines.markersize": 4,
     "pdf.fonttype": 42, "figure.constrained_layout.use": True,
 }
-LABELS = {measure: f"{heading(measure)} (%)" for measure in ("asr", "acc", "acc_nontarget", "ra", *DETECTION)}
+LABELS = {measure: f"{heading(measure)} (%)" for measure in ("asr", "base_rate", "acc", "acc_nontarget", "ra",
+                                                          *DETECTION)}
 # The same defense looks the same in every figure of every paper.
 LOOKS = {BEFORE: ("0.45", "o"), **{name: (_COLOURS[colour], marker) for name, colour, marker in (
     ("FT", 2, "s"), ("FP", 4, "^"), ("MCR", 5, "v"), ("NAD (beta = 0)", 0, "D"), ("NAD", 3, "P"),
@@ -233,6 +234,13 @@ def trade_offs(data: pd.DataFrame, panel: str, series: str, columns: int = 2, ex
     return figure
 
 
+def _root(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+ROOTS = (_root, lambda values: np.sign(values) * np.square(values))     # a scale of square roots, and back
+
+
 def marks(axis: Axes, data: pd.DataFrame, series: str, names: Sequence[str], measure: str) -> None:
     """ASR, on the scale of its square root, against another measure, with intervals; names without a run are only for
     the legend."""
@@ -243,12 +251,8 @@ def marks(axis: Axes, data: pd.DataFrame, series: str, names: Sequence[str], mea
         axis.errorbar(asr["mean"], other["mean"], xerr=errors(asr), yerr=errors(other), fmt=marker, color=colour,
                       elinewidth=0.7, markersize=7 if name == BEFORE else None, label=name)
     # On a straight axis what several defenses leave of a backdoor would be one heap.
-    axis.set_xscale("function", functions=(_root, lambda values: np.sign(values) * np.square(values)))
+    axis.set_xscale("function", functions=ROOTS)
     axis.set(xlim=(-0.3, 110), xticks=(0, 5, 20, 50, 100), xticklabels=("0", "5", "20", "50", "100"))
-
-
-def _root(values: np.ndarray) -> np.ndarray:
-    return np.sign(values) * np.sqrt(np.abs(values))
 
 
 def limits(axes: Sequence[Axes], measures: Sequence[str]) -> None:

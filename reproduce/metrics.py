@@ -4,6 +4,9 @@
     ACC nontarget  the same on the images the trigger is tested on: those not of the target class (all-to-one and
                    clean-label), all of them (all-to-all). NAD's, ARGD's and MCLDef's code reports this as accuracy.
     ASR            share of those images that, triggered, get the label the attacker wants
+    base rate      share of them that the same model gives that label without the trigger: an ASR that no backdoor is
+                   needed for
+    excess ASR     ASR - base rate: what the trigger brings about; below 0 where it hides more than it calls
     RA             share of those images that, triggered, still get their true label; ASR + RA <= 100
 All in percent. A single run's interval is Wilson's. For sentences ACC is BadActs' CACC, and RA its PACC.
 
@@ -54,12 +57,14 @@ class Predictions:
             "acc": self.clean == self.labels,
             "acc_nontarget": self.clean[self.index] == truth,
             "asr": self.triggered == self.wanted,
+            "base_rate": self.clean[self.index] == self.wanted,
             "ra": self.triggered == truth,
         }
 
 
 def metrics(predictions: Predictions) -> dict[str, float | int | None]:
-    """acc, acc_nontarget, asr, ra in percent (None where there is no triggered image), and the two counts."""
+    """acc, acc_nontarget, asr, base_rate, ra in percent (None where there is no triggered image), and the two counts.
+    """
     values: dict[str, float | int | None] = {
         name: 100 * float(np.mean(hit)) if len(hit) else None for name, hit in predictions.hits().items()
     }

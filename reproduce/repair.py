@@ -75,7 +75,7 @@ class Repair:
 
 
 def evaluate_suspect(suspect: Suspect) -> dict[str, Any]:
-    """acc, acc_nontarget, asr, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
+    """acc, acc_nontarget, asr, base_rate, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
     check_used(suspect)
     loaded = data.load(suspect.dataset, suspect.root)
     network, clean_model = _networks(suspect, loaded)

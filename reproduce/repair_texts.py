@@ -36,7 +36,7 @@ FEWEST = 20     # clean sentences: ten to fit on, ten to find a threshold on; fa
 
 
 def evaluate_text_suspect(suspect: Suspect) -> dict[str, Any]:
-    """acc, acc_nontarget, asr, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
+    """acc, acc_nontarget, asr, base_rate, ra in percent, n_clean, n_nontarget; without an attack acc and n_clean."""
     _dataset, model, test = _suspect(suspect)
     return _measured(test, *(model.logits(texts).argmax(1) for texts in (test.clean.texts, test.triggered)))
 

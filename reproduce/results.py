@@ -8,10 +8,13 @@ import pandas as pd
 
 from reproduce.cells import Cell, Task, Victim
 from reproduce.protocols import Entry
+from reproduce.statistics import paired_difference
 from reproduce.store import Run, Store
 
-MEASURES = ("acc", "acc_nontarget", "asr", "ra", "auroc", "auroc_target", "far", "frr", "n_clean", "n_nontarget",
-            "seconds")
+# Those that a run stores, and two that follow from its predictions.
+STORED = ("acc", "acc_nontarget", "asr", "ra", "auroc", "auroc_target", "far", "frr", "n_clean", "n_nontarget",
+          "seconds")
+MEASURES = (*STORED, "base_rate", "excess")
 
 
 def processor(run: Run) -> str:
@@ -35,9 +38,10 @@ class Results:
     def frame(self, paper: str, item: str) -> pd.DataFrame:
         """One row per entry of a table: its labels, seed, status, run name, and the measures (NaN where not done).
 
-        Measures are in percent, seconds in seconds, those of the run that a cell starts from included. Rows keep the
-        protocol's order. dataset and model are the victim's. A label with a measure's name (the FRR a threshold is
-        chosen for) is the column "<name>_set". processor: what a finished run was computed on.
+        Measures are in percent, seconds in seconds, those of the run that a cell starts from included. excess_low and
+        excess_high: 95 % interval of one run's excess ASR, over its test samples. Rows keep the protocol's order.
+        dataset and model are the victim's. A label with a measure's name (the FRR a threshold is chosen for) is the
+        column "<name>_set". processor: what a finished run was computed on.
         """
         if (paper, item) not in self._frames:
             self._frames[paper, item] = self._frame(paper, item)
@@ -59,12 +63,21 @@ class Results:
                          "model": victim.model if victim else None,
                          "published": bool(getattr(victim, "published", None)),
                          "processor": processor(run) if run else None,
-                         **{key: measured.get(key) for key in MEASURES}})
+                         **{key: measured.get(key) for key in STORED}, **self._excess(run)})
         frame = pd.DataFrame(rows)
         for key in MEASURES:
             if key in frame:
                 frame[key] = pd.to_numeric(frame[key])
         return frame
+
+    def _excess(self, run: Run | None) -> dict[str, float]:
+        """base_rate, excess, excess_low and excess_high of a run, NaN without a triggered sample."""
+        hits = self.hits(run.path.name) if run else {}
+        if not len(hits.get("asr", ())):
+            return dict.fromkeys(("base_rate", "excess", "excess_low", "excess_high"), math.nan)
+        found = paired_difference(hits["asr"], hits["base_rate"])
+        return {"base_rate": 100 * float(np.mean(hits["base_rate"])), "excess": found.mean, "excess_low": found.low,
+                "excess_high": found.high}
 
     def _seconds(self, task: Task) -> float:
         """Of a run and of those it starts from; NaN where one of these is not there."""

@@ -33,6 +33,7 @@ from tables.comparison import (
     rows,
 )
 from tables.layout import (
+    BASE,
     BEFORE,
     DETECTION,
     SPREAD,
@@ -60,7 +61,8 @@ NAMES = ("ACC is the paper's CACC, RA its PACC: the share of triggered sentences
 STAND_IN = (f"{WORDS}'s perplexities are those of a trigram model of the defender's own sentences, which stands in for "
             "GPT-2.")
 ON = "AddSent"
-SHOWN = ("acc", "ra", "asr")
+COUNTED = ("acc", "ra", "asr")
+SHOWN = (*COUNTED, "excess")
 FACTORS = (
     Factor("deviations", "k", "k (sigmas)", "A unit is abnormal outside mu ± k sigma of its clean activations; "
            "released: 3. The threshold is chosen for 5 % FRR each time.", on=ON, measures=DETECTION),
@@ -166,7 +168,7 @@ def detection_first(results: Results, dataset: str) -> Table:
     order = {name: i for i, name in enumerate((BEFORE, METHOD, THEN, REJECT))}
     frame = frame.sort_values("defense", key=lambda names: names.map(order), kind="stable")
     keys = ["attack", "defense"]
-    data = estimates(frame, keys, (*SHOWN, "far", "frr"))
+    data = estimates(frame, keys, (*COUNTED, "far", "frr"))
     parts = dict(iter(frame.groupby(keys, sort=False)))
     tests = pd.DataFrame([_difference(results, parts[row.attack, row.defense], parts.get((row.attack, METHOD)),
                                       row.measure) for row in data.iloc], columns=["difference", "from", "to", "p"])
@@ -179,11 +181,11 @@ def detection_first(results: Results, dataset: str) -> Table:
         for row in part.iloc:
             name = heading(row.measure)
             line[name, "Value"] = printed(row, 1)
-            if row.measure in SHOWN:
+            if row.measure in COUNTED:
                 change = MISSING if math.isnan(row.difference) else \
                     f"{row.difference:+.1f}{bounds(row['from'], row.to, 1, '+')}"
                 line |= {(name, "Difference"): Value(change), (name, "p (Holm)"): Value(probability(row.p_holm))}
-        shown.append({**line, ("", "n"): Value(counts(part.n[part.measure.isin(SHOWN)].to_list()))})
+        shown.append({**line, ("", "n"): Value(counts(part.n[part.measure.isin(COUNTED)].to_list()))})
     return table(f"{purification(dataset)}-detection-first",
                  f"BadActs: detection first or everything purified, {dataset}",
                  f"{METHOD} purifies every sentence; \"{THEN}\" purifies those that its detector flags (threshold for "
@@ -196,7 +198,7 @@ def detection_first(results: Results, dataset: str) -> Table:
 
 def _difference(results: Results, ours: pd.DataFrame, base: pd.DataFrame | None, measure: str) -> tuple[float, ...]:
     """`ours` minus `base`, its interval and p; NaN where there is nothing to compare, or both are the same rows."""
-    paired = [] if base is None or measure not in SHOWN or ours is base else pairs(ours, base, measure)
+    paired = [] if base is None or measure not in COUNTED or ours is base else pairs(ours, base, measure)
     if base is None or not paired:
         return (math.nan,) * 4
     interval = mean_difference(results, paired, measure)
@@ -218,7 +220,7 @@ def intervals(results: Results, dataset: str) -> Table:
     frame = reported(results, frame, "width", "kept", "restarts")
     keys = ["attack", "defense", "settings"]
     columns = {"width": ("Width", 2), "kept": ("Clean labels kept", 1), "restarts": ("Restarts", 1), "acc": ("ACC", 2),
-               "asr": ("ASR", 2)}
+               "asr": ("ASR", 2), "excess": (heading("excess"), 2)}
     data = mark(results, frame, estimates(frame, keys, list(columns)), keys, ["attack"])
     shown = []
     for (attack, defense, settings), part in data.groupby(keys, sort=False) if len(data) else ():
@@ -234,7 +236,7 @@ def intervals(results: Results, dataset: str) -> Table:
                  f"before, where there was a search. Restarts: of a search that kept too few. \"{INITIAL}\": the "
                  f"constants that the search starts from; \"{RANDOM}\": the optimised intervals in another order of "
                  f"the units of a layer; \"{CLS}\": applied to the first token alone. ACC and ASR in percent; marks "
-                 "within an attack.", pd.DataFrame(shown), data, frame, legend(["acc", "asr"]))
+                 "within an attack.", pd.DataFrame(shown), data, frame, legend(["acc", "asr", "excess"]))
 
 
 def cleaning(results: Results, dataset: str) -> Table:
@@ -247,8 +249,8 @@ def cleaning(results: Results, dataset: str) -> Table:
                          of_clean=100 * (frame.dropped - frame.dropped_poisoned) /
                          (frame.training_sentences - frame.poisoned))
     keys = ["attack", "defense", "settings"]
-    columns = {"clusters": "Clusters", "of_poisoned": "Poisoned dropped", "of_clean": "Clean dropped", "acc": "ACC",
-               "asr": "ASR"}
+    columns = {"clusters": "Clusters", "of_poisoned": "Poisoned dropped", "of_clean": "Clean dropped",
+               **{measure: heading(measure) for measure in ("acc", "asr", "excess")}}
     data = estimates(frame, keys, list(columns)) if len(frame) else frame
     shown = []
     for (attack, defense, settings), part in data.groupby(keys, sort=False):
@@ -259,7 +261,7 @@ def cleaning(results: Results, dataset: str) -> Table:
                  "Poisoned dropped, clean dropped: percent of the poisoned and of the other training sentences that "
                  "the defense takes out before a new model is trained on what is left; ACC and ASR, in percent, are "
                  "that model's. Clusters: of the training sentences' features. A run made before this was counted "
-                 "is not here.", pd.DataFrame(shown), data, frame, SPREAD)
+                 "is not here.", pd.DataFrame(shown), data, frame, f"{SPREAD} {BASE}")
 
 
 def language_models(results: Results) -> Table:

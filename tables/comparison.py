@@ -7,6 +7,7 @@ import pandas as pd
 
 from reproduce.results import Results, processor
 from tables.layout import (
+    BASE,
     BEFORE,
     PERCENT,
     attack_grid,
@@ -44,7 +45,7 @@ class Study:
     main: dict[tuple[str, str], tuple[str, str]]
     attacks: dict[str, str]
     tall: bool = False
-    grid: tuple[str, ...] = ("asr", "acc")
+    grid: tuple[str, ...] = ("asr", "excess", "acc")
     sample: str = "image"
     measures: str = "ACC non-target is {name}'s own accuracy: without the target class."
 
@@ -144,7 +145,7 @@ def complete(results: Results, study: Study, item: str) -> Table:
 
 def mean_over_attacks(results: Results, study: Study, item: str) -> Table:
     """Averages with intervals that cover both other seeds and other attacks, per variant of the defenses."""
-    measures = ("asr", "acc", "acc_nontarget", "ra")
+    measures = ("asr", "excess", "acc", "acc_nontarget", "ra")
     frames = {variant: main_rows(results, study, item, variant) for variant in study.variants}
     parts = [averages(frame, ["defense"], measures).assign(settings=variant) for variant, frame in frames.items()]
     data = pd.concat([part for part in parts if len(part)] or [pd.DataFrame()], ignore_index=True)
@@ -160,7 +161,7 @@ def mean_over_attacks(results: Results, study: Study, item: str) -> Table:
                  "Percent: mean over attacks of the mean over seeds, with Student's 95 % interval over the attacks, "
                  "or over the seeds of a single one. Only (attack, seed) pairs finished for every defense of the block "
                  "count; defenses that miss half of them are left out.", pd.DataFrame(shown), data,
-                 pd.concat(frames.values()))
+                 pd.concat(frames.values()), BASE)
 
 
 def significance(results: Results, study: Study, item: str, control: str) -> Table:

@@ -32,12 +32,12 @@ PUBLISHED = Path(__file__).parent / "published"
 BEFORE = "Before"
 TOOK = 50.0     # percent: below this ASR before the defense, there is no backdoor worth erasing
 LOST = 20.0     # points of ACC: a model that has lost more is no repaired classifier, and its ASR says little
-PERCENT = ("acc", "acc_nontarget", "asr", "ra")
+PERCENT = ("acc", "acc_nontarget", "asr", "excess", "ra")
 AREAS = ("auroc", "auroc_target")       # in percent too, but no share of the test samples
 DETECTION = (*AREAS, "far", "frr")
 # Measures that are a share of test samples, and the column with the number of them.
 COUNT = {"acc": "n_clean", "acc_nontarget": "n_nontarget", "asr": "n_nontarget", "ra": "n_nontarget",
-         "far": "n_nontarget", "frr": "n_clean"}
+         "base_rate": "n_nontarget", "far": "n_nontarget", "frr": "n_clean"}
 LOWER = ("asr", "far", "frr")           # better when lower
 MARKS = ("Bold: best mean of those with the column's most seeds; underlined (italic in Markdown): not significantly "
          "worse than it (paired t test over seeds, Holm within the column, 5 %). One seed decides nothing and gets no "
@@ -45,14 +45,17 @@ MARKS = ("Bold: best mean of those with the column's most seeds; underlined (ita
          "test, which assumes less and asks for more seeds.")
 SPREAD = ("Percent, mean ± sample SD over seeds; with one seed, the value and its 95 % Wilson interval, which covers "
           "the test samples but not another training. n: seeds. - : not available.")
+BASE = ("Excess ASR: ASR minus the base rate, the share of the same test samples that the same model calls the "
+        "attacker's target without the trigger; so what the trigger brings about, in points, below zero where it hides "
+        "more than it calls. With one seed its 95 % interval is paired over the test samples. It is not marked.")
 WITHOUT_TEST = ("AUROC with one seed: Hanley and McNeil's (1982) 95 % interval (none for AUROC target, which leaves "
                 "samples out).")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over n seeds; sd (sample) from two seeds on; a 95 % interval by `method`: "t", or with one seed "Wilson" or
-    "Hanley-McNeil"."""
+    """Mean over n seeds; sd (sample) from two seeds on; a 95 % interval by `method`: "t", or with one seed "Wilson",
+    "Hanley-McNeil" or "paired"."""
 
     n: int
     mean: float
@@ -108,16 +111,21 @@ def estimate(rows: pd.DataFrame, measure: str) -> Estimate:
         elif measure == "auroc":
             low, high = hanley_mcneil(values[0], counted("n_nontarget"), counted("n_clean"))
             method = "Hanley-McNeil"
+        elif measure == "excess":
+            low, high = (float(rows[f"excess_{end}"].to_numpy()[have][0]) for end in ("low", "high"))
+            method = "paired"
         return Estimate(1, values[0], math.nan, low, high, method)
     interval = possible(t_interval(values), measure)
     return Estimate(len(values), interval.mean, sample_sd(values), interval.low, interval.high, "t")
 
 
 def possible(interval: Interval, measure: str, difference: bool = False) -> Interval:
-    """The part of a mean's interval that the measure, or a difference of two of its values, can take: no measure is
-    negative, and shares end at 100. NaN stays."""
-    top = 100.0 if measure in COUNT or measure in AREAS else math.inf
-    return Interval(interval.mean, *np.clip([interval.low, interval.high], -top if difference else 0.0, top).tolist())
+    """The part of a mean's interval that the measure, or a difference of two of its values, can take: no measure but
+    an excess is negative, and shares end at 100. NaN stays."""
+    signed = measure == "excess"
+    top = (200.0 if signed and difference else 100.0) if signed or measure in (*COUNT, *AREAS) else math.inf
+    bottom = -top if difference or signed else 0.0
+    return Interval(interval.mean, *np.clip([interval.low, interval.high], bottom, top).tolist())
 
 
 def hanley_mcneil(area: float, positives: int, negatives: int, level: float = LEVEL) -> tuple[float, float]:
@@ -221,7 +229,7 @@ def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequen
     victims = {group for group, part in groups.items() if "defense" in part and (part.defense == BEFORE).all()}
     lost = wrecked(frame, keys)
     of_rows = list(data[list(keys)].itertuples(index=False, name=None))
-    broken = (data.measure == "asr") & np.array([group in lost for group in of_rows], dtype=bool)
+    broken = data.measure.isin(["asr", "excess"]) & np.array([group in lost for group in of_rows], dtype=bool)
     data.loc[broken, "mark"] = WRECKED
     undefended = np.array([group in victims for group in of_rows], dtype=bool)
     compared = data[(data.n > 0) & data.measure.isin([*COUNT, *AREAS]) & ~broken & ~undefended]
@@ -295,7 +303,9 @@ def table(name: str, title: str, caption: str, frame: pd.DataFrame, data: pd.Dat
 
 def legend(measures: Collection[str]) -> str:
     """How to read the cells of these measures."""
-    return " ".join([SPREAD, MARKS, *([WITHOUT_TEST] if set(measures) & set(AREAS) else [])])
+    return " ".join([SPREAD, *([] if set(measures) == {"excess"} else [MARKS]),
+                     *([BASE] if "excess" in measures else []),
+                     *([WITHOUT_TEST] if set(measures) & set(AREAS) else [])])
 
 
 def listing(results: Results, frame: pd.DataFrame, keys: dict[str, str], *, name: str, title: str, caption: str,

@@ -111,8 +111,8 @@ def built(results: Results) -> dict[str, Table]:
 
 
 PURIFIED = "purification-sentences"
-TABLES = {"main", "main-acc", "detection-sentences", "deviations", "frr", "weight", "layers", "validation",
-          "poison-rate", "triggers", "cost", *(f"{PURIFIED}-{name}" for name in (
+TABLES = {"main", "main-excess", "main-acc", "detection-sentences", "deviations", "frr", "weight", "layers",
+          "validation", "poison-rate", "triggers", "cost", *(f"{PURIFIED}-{name}" for name in (
               "detection-first", "intervals", "cleaning", "complete", "averages", "significance", "significance-2",
               "by-attack", "by-attack-2"))}
 FIGURES = {"main", "trade-off", "suspicion", "roc", "interval-widths", "activations", "deviations", "frr", "weight",

@@ -14,6 +14,7 @@ from reproduce.results import Results
 from reproduce.statistics import wilcoxon
 from reproduce.store import Store
 from tables import argd as argd_tables
+from tables import nad as nad_tables
 from tables.layout import Pair, over_attacks
 from tests.synthetic import ATTACKS, Stub, results, write_run
 
@@ -63,6 +64,18 @@ def test_not_erased_with_loss_and_no_gain(tmp_path: Path) -> None:
 def test_the_same_erasure_without_distillation_refutes_the_control(tmp_path: Path) -> None:
     found = made(tmp_path, {"Before": (90, 99), "NAD (beta = 0)": (89, 1), "NAD": (89, 1)})
     assert verdict(found, "distillation-adds-described") == criteria.REFUTED
+
+
+def test_a_comparison_of_asr_says_what_is_left_of_it_beyond_the_base_rates(tmp_path: Path) -> None:
+    # The control calls a quarter of the images wrongly, some of them the target, with a trigger or without.
+    found = made(tmp_path, {"Before": (90, 99), "NAD (beta = 0)": (75, 30), "NAD": (89, 5)})
+    rows = criteria.defenses(found, nad_tables.STUDY, "described")
+    one = criteria.compared(rows, "made", "NAD", "NAD (beta = 0)")
+    gap = {name: (part.asr - part.base_rate).mean() for name, part in rows.items()}
+    assert one.excess.mean == pytest.approx(gap["NAD"] - gap["NAD (beta = 0)"])
+    assert one.excess.mean - one.interval.mean > 1
+    assert f"; excess ASR {one.excess.mean:+.2f} [" in criteria.adds([one])[0].text
+    assert criteria.compared(rows, "made", "NAD", "NAD (beta = 0)", "acc").excess is None
 
 
 def against_control(*differences: float, controls: int = 1) -> criteria.Check:

@@ -46,8 +46,9 @@ OTHERS = (86, 40)
 NAMES, SIZES = ("stem", "conv1", "conv2"), (2, 8, 16)
 CHANGE = np.concatenate([np.arange(size) for size in SIZES]).astype(np.float32)
 LAYER = np.repeat(np.arange(3), SIZES).astype(np.int32)
-TABLES = {"main", "main-acc", "main-ra", "main-released", "main-released-acc", "main-released-ra", "five-percent",
-          "five-percent-acc", "five-percent-ra", "worth", "carriers", "main-complete", "main-averages",
+TABLES = {*(f"{item}{measure}" for item in ("main", "main-released", "five-percent")
+            for measure in ("", "-excess", "-acc", "-ra")),
+          "worth", "carriers", "main-complete", "main-averages",
           "main-significance", "main-significance-2", "main-significance-3", "five-percent-complete",
           "five-percent-averages", "five-percent-significance-3", "clean-fraction", "epsilon", "p", "images", "tuning",
           "poison-rate", "faults", "cost"}

@@ -59,16 +59,16 @@ BY_ATTACK = ("main-by-attack", "main-by-attack-2", "main-by-attack-3")
 TABLES = {
     "argd": {"main", "published", "main-complete", "main-averages", "main-significance", "main-significance-2",
              "main-significance-3", *BY_ATTACK, "clean-fraction", "teacher", "terms", "variants", "term-sizes", "cost"},
-    "mcldef": {"main", "main-acc", "published", "triggers", "target-class", "main-complete", "main-averages",
-               "main-significance", "main-significance-2", "main-significance-3", *BY_ATTACK, "clean-fraction",
-               "temperature", "inversion", "variants", "anp-threshold", "cost"},
-    "cross": {"asr", "acc", "ra", "ranks", "cost", "no-backdoor"},
+    "mcldef": {"main", "main-excess", "main-acc", "published", "triggers", "target-class", "main-complete",
+               "main-averages", "main-significance", "main-significance-2", "main-significance-3", *BY_ATTACK,
+               "clean-fraction", "temperature", "inversion", "variants", "anp-threshold", "cost"},
+    "cross": {"asr", "excess", "acc", "ra", "ranks", "cost", "no-backdoor"},
 }
 FIGURES = {
     "argd": {"main", "clean-fraction", "teacher", "terms", "variants", "attention-maps"},
     "mcldef": {"main", "triggers", "inverted", "features", "clean-fraction", "temperature", "inversion", "variants",
                "anp-threshold"},
-    "cross": {"critical-difference", "trade-off"},
+    "cross": {"critical-difference", "base-rate", "trade-off"},
 }
 
 

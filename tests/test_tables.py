@@ -11,14 +11,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from reproduce.metrics import wilson
+from reproduce.metrics import metrics, wilson
 from reproduce.protocols import PROFILES, Entry, mcldef
 from reproduce.results import Results
-from reproduce.statistics import Interval, holm
+from reproduce.statistics import Interval, holm, paired_difference
 from reproduce.store import Store
 from tables import layout, nad, render
 from tables import mcldef as mcldef_tables
-from tables.layout import PUBLISHED, Pair, estimate, over_attacks
+from tables.layout import PUBLISHED, Pair, estimate, over_attacks, possible
 from tests.synthetic import Stub, results, write_run
 
 
@@ -144,6 +144,37 @@ def test_estimate_of_one_seed_is_wilsons(two: Results) -> None:
     row = two.frame("nad", "beta").iloc[:1]
     value = estimate(row, "asr")
     assert (value.low, value.high) == wilson(round(row.asr.iloc[0] / 100 * 360), 360)
+
+
+def test_an_excess_is_of_the_same_images_with_and_without_the_trigger(two: Results) -> None:
+    row = two.frame("nad", "beta").iloc[:1]
+    hits = two.hits(row.run.iloc[0])
+    base = 100 * hits["base_rate"].mean()
+    assert row.base_rate.iloc[0] == base > 0 and row.excess.iloc[0] == pytest.approx(row.asr.iloc[0] - base)
+    value = estimate(row, "excess")
+    assert value.method == "paired" and value.low < value.mean < value.high
+    assert value.interval == paired_difference(hits["asr"], hits["base_rate"])
+
+
+def test_a_run_that_did_not_store_its_base_rate_has_one_from_its_predictions(tmp_path: Path,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    new = small(tmp_path / "new").frame("nad", "main")
+    monkeypatch.setattr("tests.synthetic.metrics", lambda predictions: {
+        key: value for key, value in metrics(predictions).items() if key != "base_rate"})
+    old = small(tmp_path / "old")
+    assert "base_rate" not in old.finished(old.entries[0].task.name).json("metrics")
+    assert old.frame("nad", "main").equals(new)
+
+
+def test_an_excess_may_be_negative_and_is_never_called_best(two: Results) -> None:
+    assert possible(Interval(-1.0, -3.0, 2.0), "excess") == Interval(-1.0, -3.0, 2.0)
+    assert possible(Interval(1.0, -3.0, 2.0), "asr").low == 0.0
+    frame = two.frame("nad", "main").query("variant != 'released'")
+    keys = ["attack", "defense"]
+    data = layout.mark(two, frame, layout.estimates(frame, keys, ("asr", "excess")), keys, ["attack"])
+    assert set(data[data.measure == "asr"]["mark"]) >= {"best", ""}
+    assert set(data[data.measure != "asr"]["mark"]) == {""}
+    assert "Bold" in layout.legend(["asr"]) and "Bold" not in layout.legend(["excess"])
 
 
 def test_before_is_never_marked(tables: dict[str, render.Table]) -> None:

@@ -181,6 +181,7 @@ class Compared:
     interval: Interval
     test: PairedTest
     measure: str = "asr"
+    excess: Interval | None = None      # the same of excess ASR, which no verdict is taken from
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -191,10 +192,15 @@ def compared(rows: dict[str, pd.DataFrame], subject: str, defense: str, control:
              measure: str = "asr") -> Compared:
     """`defense` against `control`; subject: what the check is called."""
     working = [] if BEFORE not in rows else [a for a, asr in victims_asr(rows[BEFORE]).items() if asr >= TOOK]
-    paired = [pair for pair in pairs(rows[defense], rows[control], measure) if pair.attack in working] \
-        if defense in rows and control in rows else []
+
+    def found(of: str) -> list[Pair]:
+        return [pair for pair in pairs(rows[defense], rows[control], of) if pair.attack in working] \
+            if defense in rows and control in rows else []
+
+    paired = found(measure)
     return Compared(subject, control, paired, over_attacks(paired, measure),
-                    wilcoxon([pair.difference for pair in paired]), measure)
+                    wilcoxon([pair.difference for pair in paired]), measure,
+                    over_attacks(found("excess"), "excess") if measure == "asr" else None)
 
 
 def adds(family: Sequence[Compared]) -> list[Check]:
@@ -219,6 +225,8 @@ def _adds(one: Compared, p: float, floor: float) -> Check:
     zeros = len(one.paired) - one.test.n
     note = f", {zeros} of them equal" if zeros else ""
     note += f"; p cannot fall below {floor:.3g} here" if floor >= ALPHA else ""
+    note += f"; excess ASR {one.excess.mean:+.2f}{bounds(one.excess.low, one.excess.high, 2, '+')}" \
+        if one.excess else ""
     shown = "-" if math.isnan(p) else f"{p:.3g}"
     return Check(one.subject, SUPPORTED if gained else REFUTED if refuted else UNDECIDED,
                  f"{heading(one.measure)} {interval.mean:+.2f} points"

@@ -16,7 +16,14 @@ def test_definitions_on_a_case_counted_by_hand() -> None:
                               index=np.array([0, 2, 3]), wanted=np.array([1, 1, 1]), triggered=np.array([1, 2, 0]))
     found = metrics(predictions)
     assert found == {"acc": pytest.approx(60), "acc_nontarget": pytest.approx(200 / 3), "asr": pytest.approx(100 / 3),
-                     "ra": pytest.approx(100 / 3), "n_clean": 5, "n_nontarget": 3}
+                     "base_rate": 0, "ra": pytest.approx(100 / 3), "n_clean": 5, "n_nontarget": 3}
+
+
+def test_the_base_rate_counts_the_same_images_without_the_trigger() -> None:
+    # Class 1 is the target. Image 0 is called 1 anyway, image 2 only when triggered; image 1 is of class 1 itself.
+    found = metrics(Predictions(labels=np.array([0, 1, 2, 3]), clean=np.array([1, 1, 2, 3]), index=np.array([0, 2, 3]),
+                                wanted=np.array([1, 1, 1]), triggered=np.array([1, 1, 3])))
+    assert found["base_rate"] == pytest.approx(100 / 3) and found["asr"] == pytest.approx(200 / 3)
 
 
 def test_without_an_attack_there_is_no_asr() -> None:

@@ -47,7 +47,7 @@ def test_evaluate_prints_the_promised_json(checkpoint: Path) -> None:
     code, out = call("evaluate", "--checkpoint", str(checkpoint), *COMMON, *ATTACK, "--json")
     found = json.loads(out)
     assert code == 0
-    assert list(found) == ["acc", "acc_nontarget", "asr", "ra", "n_clean", "n_nontarget"]
+    assert list(found) == ["acc", "acc_nontarget", "asr", "base_rate", "ra", "n_clean", "n_nontarget"]
     digits = data.load("digits", Path())
     assert found["n_clean"] == 359 and found["n_nontarget"] == int((digits.test_labels != 3).sum())
     assert found["acc"] > 80 and found["asr"] > 80
