@@ -76,6 +76,9 @@ def test_a_comparison_of_asr_says_what_is_left_of_it_beyond_the_base_rates(tmp_p
     assert one.excess.mean - one.interval.mean > 1
     assert f"; excess ASR {one.excess.mean:+.2f} [" in criteria.adds([one])[0].text
     assert criteria.compared(rows, "made", "NAD", "NAD (beta = 0)", "acc").excess is None
+    erased = criteria.erases(rows, "NAD", ["BadNets"])[0].text
+    excess = rows["NAD"].query("attack == 'BadNets'").excess.mean()
+    assert f"], excess {excess:.1f} [" in erased
 
 
 def against_control(*differences: float, controls: int = 1) -> criteria.Check:

@@ -174,7 +174,7 @@ def test_tables_are_the_reference_ones() -> None:
     known = {line for path in (ROOT / "reference").glob("*/tables/*.md") for line in path.read_text().splitlines()}
     tables = [lines for block in re.findall(r"(?:^\|.*\n)+", WRITTEN, re.MULTILINE)
               if (lines := block.splitlines())[0] in known]
-    assert len(tables) == 8, "those of three published checkpoints, the cross table, BadActs', both also in excess, FMP's"
+    assert len(tables) == 8, "of three published checkpoints, the cross table and BadActs', both also in excess, FMP's"
     assert {line for lines in tables for line in lines} <= known
 
 

@@ -130,8 +130,10 @@ def erases(rows: dict[str, pd.DataFrame], defense: str, attacks: Sequence[str],
         taken, value = before.mean, after
         outcome = decided(below(value.interval, threshold), value.n) if taken >= TOOK else UNDECIDED
         note = "" if taken >= TOOK else "; the attack did not take, so there was nothing to erase"
+        excess = estimate(of(rows, defense, attack), "excess")
         checks.append(Check(attack, outcome, f"{attack}: ASR {taken:.1f} -> {value.mean:.1f} "
-                            f"[{value.low:.1f}, {value.high:.1f}], n = {value.n}{note}",
+                            f"[{value.low:.1f}, {value.high:.1f}], excess {excess.mean:.1f}"
+                            f"{bounds(excess.low, excess.high, 1)}, n = {value.n}{note}",
                             value.mean, value.low, value.high, value.n))
     return checks
 
