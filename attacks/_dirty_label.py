@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from reproduce.data.texts import MADE
+from reproduce.data.texts import GENERATED_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -22,4 +22,4 @@ class Rewriting(DirtyLabel):
 
     def files(self, attack: str) -> str:
         """The name that the attack's paraphrases go by in a data root."""
-        return attack + MADE if self.origin == "generated" else attack
+        return attack + GENERATED_SUFFIX if self.origin == "generated" else attack

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from reproduce import data
-from reproduce.data.texts import MADE, SOURCES, Texts, read_csv, released, rewritten_file, rewritten_rows
+from reproduce.data.texts import GENERATED_SUFFIX, SOURCES, Texts, read_csv, released, rewritten_file, rewritten_rows
 from reproduce.errors import UserError
 from reproduce.models import paraphraser
 from reproduce.plugins import plugins
@@ -58,7 +58,7 @@ def paraphrase(wanted: Paraphrasing, observe: Callable[[int, int], None] = lambd
     sources = {split: released(wanted.dataset, split, root) for split in wanted.splits}
     chosen = {split: rewritten_rows(wanted.dataset, split, texts.labels).nonzero().flatten().tolist()
               for split, texts in sources.items()}
-    paths = {split: rewritten_file(wanted.dataset, wanted.attack + MADE, split, root) for split in sources}
+    paths = {split: rewritten_file(wanted.dataset, wanted.attack + GENERATED_SUFFIX, split, root) for split in sources}
     generate = paraphraser.load(str(wanted.generator), wanted.prompt, wanted.top_p,
                                 settled_device(wanted.device, wanted.threads))
     folder = next(iter(paths.values())).parent

@@ -20,8 +20,8 @@ _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"
           "<": r"$<$", ">": r"$>$", "≥": r"$\geq$", "≤": r"$\leq$", "†": r"$\dagger$", "‡": r"$\ddagger$", "–": "--",
           "×": r"$\times$"}
 _HEADINGS = {"acc": "ACC", "acc_nontarget": "ACC non-target", "asr": "ASR", "base_rate": "Base rate",
-             "excess": "Excess ASR", "ra": "RA",
-             "auroc": "AUROC", "auroc_target": "AUROC target", "far": "FAR", "frr": "FRR"}
+             "excess": "Excess ASR", "ra": "RA", "auroc": "AUROC", "auroc_target": "AUROC target", "far": "FAR",
+             "frr": "FRR"}
 
 
 @dataclass(frozen=True)

@@ -336,6 +336,9 @@ def test_a_model_that_is_no_classifier_any_more_is_not_best_and_says_why(tmp_pat
     assert marks["Random"] == render.WRECKED and marks["Mild"] == render.BEST and marks["NAD"] != render.WRECKED
     assert set(data[data.defense == "Random"]["mark"]) == {render.WRECKED, ""}
     assert "‡ ACC more than 20 points below the victim's" in table.caption
+    whole = next(table for table in nad.tables(Results(store, entries)) if table.name == "nad-main-complete").data
+    random = whole[whole.defense == "Random"].set_index("measure")["mark"]
+    assert random["asr"] == random["excess"] == render.WRECKED and random["acc"] == ""
     profile = PROFILES["paper"]
     assert " ‡ |" in render.markdown(table, profile) and r"$\ddagger$" in render.latex(table, profile)
     assert "‡" in render.html(table, profile)

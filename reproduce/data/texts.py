@@ -32,7 +32,7 @@ from reproduce.rng import generator
 
 SPLITS = ("train", "validation", "test")
 OFFICIAL = "github.com/clearloveclearlove/BadActs"
-MADE = "-generated"  # ends the folder of paraphrases that a model at hand made
+GENERATED_SUFFIX = "-generated"  # of the folder of paraphrases that a model at hand made
 HUB = {"sst-2": "SetFit/sst2"}  # the sentence-level split, with columns text and label
 _STEMS = {"train": "train", "validation": "dev", "test": "test"}
 _ALIGNED = {"train": "train-all-poisoned", "validation": "dev-poison", "test": "test-poison"}
@@ -187,7 +187,7 @@ class _Files:
         path, rows = self._rows(attack, _ALIGNED[split], attack, f"{_STEMS[split]}-poison")
         wanted = rewritten_rows(self.name, split, labels)
         if len(rows) != int(wanted.sum()):
-            advice = ("remove it, and make it again" if attack.endswith(MADE) else
+            advice = ("remove it, and make it again" if attack.endswith(GENERATED_SUFFIX) else
                       f"replace it by the released file ({OFFICIAL})")
             raise UserError(f"{self.name}: {path} has {len(rows)} rows, which do not fit the {int(wanted.sum())} clean "
                             f"ones they paraphrase; {advice}")
@@ -201,11 +201,11 @@ class _Files:
         for path in (here / f"{stem}.csv", here / f"{stem}.csv.xz", there / f"{their_stem}.csv"):
             if path.is_file():
                 return path, read_csv(path)
-        if folder.endswith(MADE):
+        if folder.endswith(GENERATED_SUFFIX):
             split = next(split for split, aligned in _ALIGNED.items() if aligned == stem)
+            attack = folder.removesuffix(GENERATED_SUFFIX)
             raise UserError(f"{self.name}: {here / stem}.csv is missing: make it with python -m reproduce paraphrase "
-                            f"--attack {folder.removesuffix(MADE)} --dataset {self.name} --split {split} and a "
-                            "generator of yours")
+                            f"--attack {attack} --dataset {self.name} --split {split} and a generator of yours")
         raise UserError(f"{self.name}: {here / stem}.csv[.xz] is missing: clone {OFFICIAL} as {self.root / 'BadActs'}, "
                         "or name another folder with --data-root or BACKDOOR_DATA")
 
