@@ -118,6 +118,9 @@ class TextBench:
                        {"model": model.network.state_dict()})
 
     def cell(self, cell: Cell) -> Outcome:
+        granted: dict[str, Any] = {}
+        if cell.needs_clean_model():    # first, since the victim that was loaded last is kept
+            granted["clean_model"] = self._load_victim(cell.victim.clean())[0]
         model, test = self._load_victim(cell.victim)
         dataset = data.load_text(cell.victim.dataset, self.at.root)
         module, base = defense_module(cell.defense), cell.base()
@@ -129,7 +132,7 @@ class TextBench:
         base_tensors = self.at.run(base).tensors("defense") if base else None
         started = time.perf_counter()
         guard = module.defend(model, clean, cell.config, cell.seed, self._observer(cell, history), base_tensors,
-                              training)
+                              training, **granted)
         seconds = round(time.perf_counter() - started, 2)
         self.at.progress(cell.name, 1.0, "evaluating")
         info = {**guard.info, "clean_sentences": len(clean)}

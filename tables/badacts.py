@@ -18,6 +18,7 @@ from reproduce.protocols.badacts import (
     WORDS,
     detection,
     purification,
+    unpoisoned,
 )
 from reproduce.results import Results
 from reproduce.statistics import holm
@@ -102,7 +103,8 @@ def study(results: Results) -> Study:
         PAPER, METHOD, (STATISTICS, "FT"),
         {(purification(name), "released"): (purification(name) if i else "main", f"purification on {name}, as released")
          for i, name in enumerate(found)},
-        {purification(name): f"purification on {name}" for name in found}, tall=True, sample=SAMPLE, measures=NAMES)
+        {purification(name): f"purification on {name}" for name in found}, tall=True,
+        floor={purification(name): unpoisoned(name) for name in found}, sample=SAMPLE, measures=NAMES)
 
 
 def tables(results: Results, smoke: bool = False) -> list[Table]:

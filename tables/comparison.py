@@ -1,7 +1,7 @@
 """What the tables of several papers share: a paper's defenses on its attacks, one factor varied, cost."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 
@@ -36,6 +36,7 @@ class Study:
     main: {(item, variant): (table name, title)} of the attack grids, in the report's order.
     attacks: {item: which attacks it holds, in words}.
     tall: too many defenses to stand side by side: a table per measure of `grid`, a row per defense.
+    floor: {item: that of the same triggers on what was never poisoned}.
     sample: what a test set consists of. measures: how the paper calls its measures, said where all are shown.
     """
 
@@ -45,6 +46,7 @@ class Study:
     main: dict[tuple[str, str], tuple[str, str]]
     attacks: dict[str, str]
     tall: bool = False
+    floor: dict[str, str] = field(default_factory=dict)
     grid: tuple[str, ...] = ("asr", "excess", "acc")
     sample: str = "image"
     measures: str = "ACC non-target is {name}'s own accuracy: without the target class."
@@ -86,6 +88,15 @@ def main_rows(results: Results, study: Study, item: str, variant: str) -> pd.Dat
     return frame if (frame.variant == variant).any() else frame.iloc[:0]
 
 
+def with_never_poisoned(results: Results, frame: pd.DataFrame, paper: str, item: str) -> pd.DataFrame:
+    """A comparison's frame, and below its victims what was never poisoned, where the item is at hand."""
+    floor = results.frame(paper, item)
+    if not len(frame) or not len(floor):
+        return frame
+    victims = frame.defense == BEFORE
+    return pd.concat([frame[victims], floor, frame[~victims]], ignore_index=True)
+
+
 def grids(results: Results, study: Study) -> list[Table]:
     """ASR and ACC per attack and defense."""
     built = []
@@ -96,6 +107,7 @@ def grids(results: Results, study: Study) -> list[Table]:
         title = f"{study.name}: {title}"
         caption = f"ASR on triggered non-target test {study.sample}s and ACC on all clean test {study.sample}s."
         if study.tall:
+            frame = with_never_poisoned(results, frame, study.paper, study.floor.get(item, ""))
             built += [defense_grid(results, frame, measure, name=f"{name}{f'-{measure}' if i else ''}", title=title,
                                    caption=caption)
                       for i, measure in enumerate(study.grid)]

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from defenses.nc import THRESHOLD
-from reproduce.protocols.cross import NO_BACKDOOR, PAPER
+from reproduce.protocols.cross import NO_BACKDOOR, PAPER, UNPOISONED
 from reproduce.results import Results
 from reproduce.statistics import ALPHA, Ranking, holm, ranking
-from tables.comparison import if_present, rows
+from tables.comparison import if_present, rows, with_never_poisoned
 from tables.layout import (
     BEFORE,
     common,
@@ -38,8 +38,8 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     built: list[Table] = []
     for measure in GRIDS:
         built += if_present(results, PAPER, "main", lambda m=measure: defense_grid(
-            results, main_rows(results), m, name=m, title="Every defense on every attack",
-            caption="The same victims, clean subset and seeds for all."))
+            results, with_never_poisoned(results, main_rows(results), PAPER, UNPOISONED), m, name=m,
+            title="Every defense on every attack", caption="The same victims, clean subset and seeds for all."))
     built += if_present(results, PAPER, "main", lambda: ranks(results))
     built += if_present(results, PAPER, "main", lambda: cost(results))
     built += if_present(results, PAPER, NO_BACKDOOR, lambda: no_backdoor(results))

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from reproduce.metrics import wilson
+from reproduce.protocols import BEFORE, NEVER
 from reproduce.results import Results
 from reproduce.statistics import (
     ALPHA,
@@ -29,7 +30,7 @@ from reproduce.statistics import (
 from tables.render import BEST, MISSING, TIED, WRECKED, Table, Value, heading
 
 PUBLISHED = Path(__file__).parent / "published"
-BEFORE = "Before"
+UNDEFENDED = (BEFORE, NEVER)
 TOOK = 50.0     # percent: below this ASR before the defense, there is no backdoor worth erasing
 LOST = 20.0     # points of ACC: a model that has lost more is no repaired classifier, and its ASR says little
 PERCENT = ("acc", "acc_nontarget", "asr", "excess", "ra")
@@ -48,6 +49,8 @@ SPREAD = ("Percent, mean ± sample SD over seeds; with one seed, the value and i
 BASE = ("Excess ASR: ASR minus the base rate, the share of the same test samples that the same model calls the "
         "attacker's target without the trigger; so what the trigger brings about, in points, below zero where it hides "
         "more than it calls. With one seed its 95 % interval is paired over the test samples. It is not marked.")
+FLOOR = (f"{NEVER}: what the victim would be had nobody poisoned its training set; it meets the same triggers, and "
+         "what ASR it has is no backdoor's. It is no defense, and not compared.")
 WITHOUT_TEST = ("AUROC with one seed: Hanley and McNeil's (1982) 95 % interval (none for AUROC target, which leaves "
                 "samples out).")
 
@@ -223,10 +226,10 @@ def mean_difference(results: Results, paired: list[Pair], measure: str) -> Inter
 def mark(results: Results, frame: pd.DataFrame, data: pd.DataFrame, keys: Sequence[str],
          within: Sequence[str]) -> pd.DataFrame:
     """`data` with BEST and TIED set: per group of `within` and measure, among the rows with the most seeds, two or
-    more, except victims; ASR of models that are no classifiers any more is WRECKED and not compared."""
+    more, except what nothing defends; ASR of models that are no classifiers any more is WRECKED and not compared."""
     data = data.copy()
     groups = dict(iter(frame.groupby(list(keys), sort=False)))
-    victims = {group for group, part in groups.items() if "defense" in part and (part.defense == BEFORE).all()}
+    victims = {group for group, part in groups.items() if "defense" in part and part.defense.isin(UNDEFENDED).all()}
     lost = wrecked(frame, keys)
     of_rows = list(data[list(keys)].itertuples(index=False, name=None))
     broken = data.measure.isin(["asr", "excess"]) & np.array([group in lost for group in of_rows], dtype=bool)
@@ -402,10 +405,11 @@ def defense_grid(results: Results, frame: pd.DataFrame, measure: str, *, name: s
     weak = not_taken(frame)
     finished = data[data.n > 0].attack.unique()
     empty = [attack for attack in data.attack.unique() if len(finished) and attack not in finished]
+    floor = f" {FLOOR}" if NEVER in set(data.defense) else ""
     absent = f" Without a finished run: {', '.join(empty)}." if empty else ""
     rows = []
     for defense, part in data[~data.attack.isin(empty)].groupby("defense", sort=False):
         cells = {f"{row.attack} †" if row.attack in weak else row.attack: printed(row, 1) for row in part.iloc}
         rows.append({"Defense": defense, **cells, "n": Value(counts(part.n.to_list()))})
-    return table(name, f"{title}: {heading(measure)}", f"{caption}{absent}{footnotes(data, weak)}",
+    return table(name, f"{title}: {heading(measure)}", f"{caption}{floor}{absent}{footnotes(data, weak)}",
                  pd.DataFrame(rows).fillna(Value(MISSING)), data, frame, legend([measure]))

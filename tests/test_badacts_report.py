@@ -15,7 +15,7 @@ from reproduce.cells import Task, Victim
 from reproduce.claims import criteria
 from reproduce.cli import Selection
 from reproduce.metrics import Detection, Predictions, auroc, detection_metrics, metrics, wilson
-from reproduce.protocols import PROFILES, Entry, Profile, departure, entries
+from reproduce.protocols import BEFORE, NEVER, PROFILES, Entry, Profile, departure, entries
 from reproduce.protocols.badacts import METHOD, PAPER, REJECT, STATISTICS, THEN, detection, purification
 from reproduce.results import Results
 from reproduce.statistics import mcnemar
@@ -127,6 +127,16 @@ def test_every_item_has_its_table(built: dict[str, Table]) -> None:
             assert not re.search(r"\bnan\b", text, re.IGNORECASE), table.name
             assert "image" not in text, table.name
     assert tables.tables(NOTHING) == []
+
+
+def test_what_was_never_poisoned_stands_below_the_victims(built: dict[str, Table]) -> None:
+    for name in ("main", "main-excess", "main-acc"):
+        assert list(built[name].frame.Defense)[:3] == [BEFORE, NEVER, "FT"]
+        assert NEVER in built[name].caption
+        mine = built[name].data[built[name].data.defense == NEVER]
+        assert len(mine) == 4 and (mine.n == 1).all() and (mine["mark"] == "").all()
+    assert not any(NEVER in set(table.data.get("defense", ())) for name, table in built.items()
+                   if not name.startswith("main"))
 
 
 def test_cleaning_says_how_much_it_drops_of_the_poisoned_and_of_the_clean(built: dict[str, Table]) -> None:

@@ -20,7 +20,7 @@ import tables.nad
 from reproduce import claims
 from reproduce.cells import Cell, Victim
 from reproduce.claims import criteria
-from reproduce.protocols import PROFILES, Profile, entries
+from reproduce.protocols import BEFORE, NEVER, PROFILES, Profile, entries
 from reproduce.results import Results
 from reproduce.store import Store
 from tables import render
@@ -89,6 +89,14 @@ def test_every_item_has_its_figure(module, results: dict[str, Results]) -> None:
     for figure in drawn:
         assert shows(figure), figure.name
     assert module.figures(Results(Store(Path("nowhere")), [])) == []
+
+
+def test_what_was_never_poisoned_is_shown_but_not_ranked(results: dict[str, Results]) -> None:
+    built = {table.name: table for table in tables.cross.tables(results["cross"])}
+    for name in ("cross-asr", "cross-excess", "cross-acc", "cross-ra"):
+        assert list(built[name].frame.Defense)[:3] == [BEFORE, NEVER, "FT"] and NEVER in built[name].caption
+        assert (built[name].data[built[name].data.defense == NEVER]["mark"] == "").all()
+    assert NEVER not in set(built["cross-ranks"].data.defense) | set(built["cross-cost"].data.defense)
 
 
 def test_features_are_of_a_seed_that_shows_them_before_and_after(results: dict[str, Results],

@@ -13,7 +13,8 @@ from reproduce.models.encoder import BERT, LAYERS, MINILM, TINY
 from reproduce.training import Recipe
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, TextRecipe)
-BEFORE = "Before"   # the row of a victim, in every table
+BEFORE = "Before"           # the row of a victim, in every table
+NEVER = "Never poisoned"    # that of the model that would be the victim, had nobody poisoned its training set
 
 PAPERS = {
     "nad": "NAD (ICLR 2021)",

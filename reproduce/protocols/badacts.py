@@ -4,20 +4,20 @@ Victims are trained as clearloveclearlove/BadActs@7932f19 does (`recipe`). The d
 split. Whether the optimisation of the intervals adds anything shows against the same clamp with intervals that were not
 optimised: mu +- 3 sigma of the clean activations, the constants that the search starts from, and the optimised ones
 dealt out anew to the units of a layer. Word-space purification is ONION's, beside a vote over sentences with words
-dropped at random.
+dropped at random. What ASR no defense has to answer for shows on the classifier that was trained without poison.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from defenses import badacts, onion
+from defenses import badacts, never_poisoned_text, onion
 from reproduce.cells import Victim
 from reproduce.data import attacker_target
 from reproduce.finetuning import TextRecipe
 from reproduce.models.encoder import BERT, MINILM, TINY
 from reproduce.poisoning import attack_module
 from reproduce.protocols import Entry, Profile
-from reproduce.protocols.comparison import Row, cell, comparison, row
+from reproduce.protocols.comparison import Row, cell, comparison, never_poisoned, row
 
 PAPER = "badacts"
 METHOD = "BadActs"
@@ -105,12 +105,20 @@ def detection(dataset: str) -> str:
     return f"detection-{dataset}"
 
 
+def unpoisoned(dataset: str) -> str:
+    """The item that holds a data set's triggers on the classifier that was trained without poison."""
+    return f"never-poisoned-{dataset}"
+
+
 def entries(profile: Profile) -> list[Entry]:
     """Every run of the paper at this scale."""
     found: list[Entry] = []
     for seed in profile.seeds:
         for dataset in profile.texts:
             found += _main(profile, dataset, seed, RELEASED_ROWS + DESCRIBED_ROWS)
+            if profile.repeats(seed):
+                victims = {label: text_victim(profile, dataset, attack, seed) for label, attack in ATTACKS.items()}
+                found += never_poisoned(profile, PAPER, unpoisoned(dataset), victims, never_poisoned_text, 1.0)
         if profile.name == "paper":
             # Its validation split equals its test split: what that flatters.
             found += _main(profile, "hsol-released", seed, BRIEF_ROWS)

@@ -1,6 +1,7 @@
 """What the papers' protocols share: victims, cells, and several defenses compared on one victim."""
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 from defenses import nad
@@ -8,7 +9,7 @@ from reproduce.cells import Cell, Published, Victim
 from reproduce.data.augment import Augment
 from reproduce.defending import defense_module
 from reproduce.poisoning import attack_module
-from reproduce.protocols import BEFORE, Entry, Profile
+from reproduce.protocols import BEFORE, NEVER, Entry, Profile
 from reproduce.training import Recipe
 
 # How NAD's, ARGD's and MCLDef's victims are trained here, so that one victim serves all three. The papers' own recipe
@@ -82,6 +83,15 @@ def comparison(profile: Profile, paper: str, item: str, on: Victim, labels: dict
                                   "settings": one.settings or one.variant},
                     cell(profile, on, one.defense, one.config, fraction)) for one in rows]
     return found
+
+
+def never_poisoned(profile: Profile, paper: str, item: str, victims: dict[str, Victim], control: ModuleType,
+                   fraction: float | None = None) -> list[Entry]:
+    """The triggers of each attack's victim on the model that was trained without poison; control: the module for it."""
+    (config,) = control.SETTINGS.values()
+    name = control.__name__.removeprefix("defenses.")
+    return [Entry(paper, item, {"attack": label, "defense": NEVER, "variant": "-", "settings": "-"},
+                  cell(profile, on, name, config, fraction)) for label, on in victims.items()]
 
 
 def published_victim(profile: Profile, checkpoint: Published, settings: str, seed: int) -> Victim | None:

@@ -7,16 +7,20 @@ its released script does needs test images, with p and images fitted to the smal
 They also meet the network that was trained on the same images, none of them poisoned: who suspects a network has to
 know what a defense costs where there is nothing to remove, and whether one that looks for a backdoor says that there is
 one. Nobody can be told the target label there, so MCLDef estimates it.
+
+And that network meets every trigger: what ASR it has, no defense has to answer for.
 """
 
 from dataclasses import replace
 
+from defenses import never_poisoned as control
 from reproduce.protocols import Entry, Profile, fmp
-from reproduce.protocols.comparison import BETA_ZERO, Row, comparison, row, victim
+from reproduce.protocols.comparison import BETA_ZERO, Row, comparison, never_poisoned, row, victim
 from reproduce.protocols.mcldef import ATTACKS, MAIN_ROWS, OWN_ROWS, SMOKE_ATTACKS, UNTOLD
 
 PAPER = "cross"
 NO_BACKDOOR = "no-backdoor"
+UNPOISONED = "never-poisoned"
 FMP = Row(fmp.METHOD, "released", "fmp", replace(
     fmp.fitted(row(fmp.METHOD, "described", fmp.PAPER).config, fmp.WIDTHS["wrn-16-1"]), images=256))
 ROWS = [row("FT", "released", "nad"), row("FP", "described", "nad"), row("MCR", "described", "nad"),
@@ -39,4 +43,6 @@ def entries(profile: Profile) -> list[Entry]:
     for seed in filter(profile.repeats, profile.seeds):
         clean = victim(profile, *ATTACKS["BadNets"], "described", seed).clean()
         found += comparison(profile, PAPER, NO_BACKDOOR, clean, {"attack": "none"}, rows)
+        victims = {label: victim(profile, *attacks[label], "described", seed) for label in attacks}
+        found += never_poisoned(profile, PAPER, UNPOISONED, victims, control)
     return found

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attacks import addsent, badnets_words
-from defenses import badacts, cube, ft_text, strip
+from defenses import badacts, cube, ft_text, never_poisoned_text, strip
 from reproduce.cells import Cell, Victim, with_dependencies
 from reproduce.cli import Selection
 from reproduce.engine import check_data, cost
@@ -104,6 +104,19 @@ def test_a_defense_that_changes_weights_stores_them(root: Path) -> None:
     victim = runner(root).run(VICTIM)
     assert not run.tensors("model")["classifier.weight"].equal(victim.tensors("model")["classifier.weight"])
     assert not (run.path / "samples.npz").exists(), "only a defense that changes activations shows them"
+
+
+def test_what_was_never_poisoned_meets_the_triggers_as_it_is(root: Path) -> None:
+    cell = Cell(VICTIM, "never_poisoned_text", never_poisoned_text.Config(), 1.0)
+    assert [task.name for task in with_dependencies([cell])] == [VICTIM.name, VICTIM.clean().name, cell.name]
+    clean, run = runner(root).run(VICTIM.clean()), runner(root).run(cell)
+    assert np.array_equal(run.predictions().clean, clean.predictions().clean)
+    assert len(run.predictions().triggered) == 120
+    measured, before = run.json("metrics"), runner(root).run(VICTIM).json("metrics")
+    assert measured["acc"] > 95
+    # The sentence that triggers is unlike all others here, and takes half of them along without any backdoor.
+    assert 20 < measured["asr"] < before["asr"] - 20
+    assert not (run.path / "model.safetensors").exists(), "its weights are stored with its own run"
 
 
 def test_cleaning_the_training_set_trains_from_the_victims_initialisation(root: Path,
