@@ -22,9 +22,9 @@ a protocol: modules are found by their name.
 
 A defense of text classifiers says MODALITY = "text" and defines the same, but for
 
-    requires(config)   out of {"training-data", "clean-model"}: a defense that cleans the poisoned training set, and the
-                       control that was never poisoned
+    requires(config)   out of {"training-data", "clean-model-instead"}: a defense that cleans the poisoned training set;
+                       a control that is given the clean model in the victim's place
     defend(model, clean, config, seed, observe=silent, base=None, training=None) -> Guard
                        model: `reproduce.models.encoder.TextClassifier` in eval mode; clean: `Texts`; base: as above;
-                       training: `TrainingData`, where it is required; so clean_model
+                       training: `TrainingData`, where it is required
 """

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from reproduce.data.texts import Texts
 from reproduce.defending import Guard, Judged, TrainingData
-from reproduce.errors import UserError
 from reproduce.models.encoder import TextClassifier
 from reproduce.training import Observer, silent
 
@@ -29,13 +28,10 @@ SETTINGS = {("badacts", "ours"): Config()}
 
 
 def requires(config: Config) -> frozenset[str]:
-    return frozenset({"clean-model"})
+    return frozenset({"clean-model-instead"})
 
 
 def defend(model: TextClassifier, clean: Texts, config: Config, seed: int, observe: Observer = silent,
-           base: dict[str, Tensor] | None = None, training: TrainingData | None = None,
-           clean_model: TextClassifier | None = None) -> Guard:
-    """A guard that is the clean model, which its own run keeps. Raises UserError without one."""
-    if clean_model is None:
-        raise UserError("never_poisoned_text is the model that was trained without poison: run it where that is")
-    return Guard(lambda texts: Judged(clean_model.logits(texts).argmax(1)))
+           base: dict[str, Tensor] | None = None, training: TrainingData | None = None) -> Guard:
+    """A guard that is `model` as it is: the clean one, which it is given in the victim's place."""
+    return Guard(lambda texts: Judged(model.logits(texts).argmax(1)))

@@ -149,11 +149,16 @@ class Cell(Task):
 
     def needs(self) -> list[Task]:
         base = self.base()
-        return [self.victim, *([self.victim.clean()] if self.needs_clean_model() else []), *([base] if base else [])]
+        return [self.given(), *([self.victim.clean()] if self.needs_clean_model() else []), *([base] if base else [])]
 
     @property
     def offers(self) -> str:
         return "defense"
+
+    def given(self) -> Victim:
+        """Whose model the defense is given: the victim's; a control may be given the clean one in its place."""
+        instead = "clean-model-instead" in defense_module(self.defense).requires(self.config)
+        return self.victim.clean() if instead else self.victim
 
     def needs_clean_model(self) -> bool:
         return "clean-model" in defense_module(self.defense).requires(self.config)

@@ -61,11 +61,12 @@ def triggered_test_set(dataset: TextDataset, attack: str, settings: Any, seed: i
 
 
 class TextBench:
-    """Computes on one device; keeps the last victim for the next cells on it."""
+    """Computes on one device; keeps the last model and the last test set for the next cells on them."""
 
     def __init__(self, at: Surroundings) -> None:
         self.at = at
-        self._kept: tuple[str, TextClassifier, TextTestSet] | None = None
+        self._kept_model: tuple[str, TextClassifier] | None = None
+        self._kept_test: tuple[str, TextTestSet] | None = None
 
     @staticmethod
     def cost(task: Task) -> float:
@@ -118,10 +119,7 @@ class TextBench:
                        {"model": model.network.state_dict()})
 
     def cell(self, cell: Cell) -> Outcome:
-        granted: dict[str, Any] = {}
-        if cell.needs_clean_model():    # first, since the victim that was loaded last is kept
-            granted["clean_model"] = self._load_victim(cell.victim.clean())[0]
-        model, test = self._load_victim(cell.victim)
+        model, test = self._model(cell.given()), self._test_set(cell.victim)
         dataset = data.load_text(cell.victim.dataset, self.at.root)
         module, base = defense_module(cell.defense), cell.base()
         clean = clean_texts(dataset.validation, cell.clean_fraction, cell.seed)
@@ -132,7 +130,7 @@ class TextBench:
         base_tensors = self.at.run(base).tensors("defense") if base else None
         started = time.perf_counter()
         guard = module.defend(model, clean, cell.config, cell.seed, self._observer(cell, history), base_tensors,
-                              training, **granted)
+                              training)
         seconds = round(time.perf_counter() - started, 2)
         self.at.progress(cell.name, 1.0, "evaluating")
         info = {**guard.info, "clean_sentences": len(clean)}
@@ -201,15 +199,19 @@ class TextBench:
 
         return TrainingData(train, fit), poisoned
 
-    def _load_victim(self, victim: Victim) -> tuple[TextClassifier, TextTestSet]:
-        if self._kept is None or self._kept[0] != victim.name:
+    def _model(self, victim: Victim) -> TextClassifier:
+        if self._kept_model is None or self._kept_model[0] != victim.name:
             run = self.at.run(victim)
-            dataset = data.load_text(victim.dataset, self.at.root)
-            model = self._untrained(victim, dataset)
+            model = self._untrained(victim, data.load_text(victim.dataset, self.at.root))
             model.network.load_state_dict(run.tensors("model"))
-            self._kept = victim.name, model.eval(), triggered_test_set(dataset, victim.attack, victim.settings,
-                                                                       victim.seed)
-        return self._kept[1:]
+            self._kept_model = victim.name, model.eval()
+        return self._kept_model[1]
+
+    def _test_set(self, victim: Victim) -> TextTestSet:
+        if self._kept_test is None or self._kept_test[0] != victim.name:
+            dataset = data.load_text(victim.dataset, self.at.root)
+            self._kept_test = victim.name, triggered_test_set(dataset, victim.attack, victim.settings, victim.seed)
+        return self._kept_test[1]
 
 
 def judge_both(guard: Guard, test: TextTestSet) -> tuple[Judged, Judged]:

@@ -108,7 +108,7 @@ def test_a_defense_that_changes_weights_stores_them(root: Path) -> None:
 
 def test_what_was_never_poisoned_meets_the_triggers_as_it_is(root: Path) -> None:
     cell = Cell(VICTIM, "never_poisoned_text", never_poisoned_text.Config(), 1.0)
-    assert [task.name for task in with_dependencies([cell])] == [VICTIM.name, VICTIM.clean().name, cell.name]
+    assert [task.name for task in with_dependencies([cell])] == [VICTIM.clean().name, cell.name]
     clean, run = runner(root).run(VICTIM.clean()), runner(root).run(cell)
     assert np.array_equal(run.predictions().clean, clean.predictions().clean)
     assert len(run.predictions().triggered) == 120
