@@ -22,8 +22,7 @@ a protocol: modules are found by their name.
 
 A defense of text classifiers says MODALITY = "text" and defines the same, but for
 
-    requires(config)   out of {"training-data", "clean-model-instead"}: a defense that cleans the poisoned training set;
-                       a control that is given the clean model in the victim's place
+    requires(config)   out of {"training-data"}: a defense that cleans the poisoned training set
     defend(model, clean, config, seed, observe=silent, base=None, training=None) -> Guard
                        model: `reproduce.models.encoder.TextClassifier` in eval mode; clean: `Texts`; base: as above;
                        training: `TrainingData`, where it is required

@@ -85,7 +85,8 @@ class Published:
 class Victim(Task):
     """A model trained on poisoned data; attack "none" with settings None is a clean model.
 
-    With `published` the model is that checkpoint and nothing is trained; recipe then is None.
+    With `published` the model is that checkpoint and nothing is trained; recipe then is None. One that is not
+    `poisoned` is the clean model, which meets the attack's triggers all the same: what no defense has to go below.
     """
 
     dataset: str
@@ -95,6 +96,7 @@ class Victim(Task):
     attack: str = NONE
     settings: Any = None
     published: Published | None = None
+    poisoned: bool = True
 
     @property
     def victim(self) -> "Victim":  # type: ignore[override]
@@ -107,12 +109,16 @@ class Victim(Task):
             described["published"] = self.published.sha256
             if self.published.normalised:
                 described["normalised"] = self.published.normalised
+        if not self.poisoned:
+            described["poisoned"] = False
         return described
 
     def label(self) -> str:
-        return f"{'published' if self.published else 'victim'}-{self.attack}"
+        return f"{'published' if self.published else 'victim' if self.poisoned else 'unpoisoned'}-{self.attack}"
 
     def needs(self) -> list[Task]:
+        if not self.poisoned:
+            return [*self.parts()]
         if self.attack != NONE and "clean-model" in attack_module(self.attack).requires(self.settings):
             return [self.clean()]
         return []
@@ -123,7 +129,19 @@ class Victim(Task):
 
     def clean(self) -> "Victim":
         """The clean model of the same dataset, architecture, recipe and seed."""
-        return dataclasses.replace(self, attack=NONE, settings=None)
+        return dataclasses.replace(self, attack=NONE, settings=None, poisoned=True)
+
+    def unpoisoned(self) -> "Victim":
+        """The clean model, met by this victim's triggers."""
+        return dataclasses.replace(self, poisoned=False)
+
+    def parts(self) -> list["Victim"]:
+        """Those whose runs hold what it is made of: first its model, last its trigger, where one is learned (none on
+        sentences is)."""
+        if self.poisoned:
+            return [self]
+        learned = hasattr(attack_module(self.attack), "prepare")
+        return [self.clean(), *([dataclasses.replace(self, poisoned=True)] if learned else [])]
 
 
 @dataclass(frozen=True)
@@ -145,20 +163,16 @@ class Cell(Task):
                 "config": plain(self.config), "clean_fraction": self.clean_fraction, "curve": self.curve}
 
     def label(self) -> str:
-        return f"{self.defense}-{self.victim.attack}"
+        return f"{self.defense}-{'' if self.victim.poisoned else 'unpoisoned-'}{self.victim.attack}"
 
     def needs(self) -> list[Task]:
         base = self.base()
-        return [self.given(), *([self.victim.clean()] if self.needs_clean_model() else []), *([base] if base else [])]
+        return [*self.victim.parts(), *([self.victim.clean()] if self.needs_clean_model() else []),
+                *([base] if base else [])]
 
     @property
     def offers(self) -> str:
         return "defense"
-
-    def given(self) -> Victim:
-        """Whose model the defense is given: the victim's; a control may be given the clean one in its place."""
-        instead = "clean-model-instead" in defense_module(self.defense).requires(self.config)
-        return self.victim.clean() if instead else self.victim
 
     def needs_clean_model(self) -> bool:
         return "clean-model" in defense_module(self.defense).requires(self.config)

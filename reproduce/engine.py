@@ -76,8 +76,9 @@ def expected(tasks: list[Task], store: Store) -> dict[str, float]:
 
 def _kinds(task: Task) -> list[tuple[str, ...]]:
     """What a task can be timed with, the nearest first."""
-    path = (data.modality(task.victim.dataset),
-            *(("cell", task.defense) if isinstance(task, Cell) else ("victim", task.attack)))
+    own = ("cell", task.defense) if isinstance(task, Cell) else (
+        "victim" if task.victim.poisoned else "unpoisoned", task.victim.attack)
+    path = (data.modality(task.victim.dataset), *own)
     return [path[:depth] for depth in (3, 2, 1, 0)]
 
 

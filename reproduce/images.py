@@ -51,6 +51,8 @@ class ImageBench:
             work = getattr(defense_module(task.defense), "work", lambda config, images, classes: 0)
             trained = epochs * clean + work(task.config, clean, data.NUM_CLASSES[task.victim.dataset])
             return each * ((BACKWARD_COST + 1) * trained + test * (1 + epochs * task.curve))
+        if not task.victim.poisoned:
+            return each * test
         work = getattr(attack_module(task.attack), "work", None) if task.attack != NONE else None
         trained = sum(recipe.epochs for recipe in recipes(task.recipe)) * total
         own = (BACKWARD_COST + 1) * work(task.settings, total) if work else 0.0
@@ -66,6 +68,9 @@ class ImageBench:
         if victim.published:
             return self._published(victim)
         started = time.perf_counter()
+        if not victim.poisoned:     # its weights are in the clean model's run
+            model, test = self._load_victim(victim)
+            return replace(self._outcome(victim, model, test, [], {}, started, {}), tensors={})
         dataset = data.load(victim.dataset, self.at.root)
         attack = None if victim.attack == NONE else attack_module(victim.attack)
         state = self._prepare(victim, dataset) if attack else {}
@@ -154,12 +159,12 @@ class ImageBench:
     def _load_victim(self, victim: Victim) -> tuple[nn.Module, TestSet]:
         """The victim's model and test sets, kept for the next cell on the same victim."""
         if victim.name not in self._victims:
-            run = self.at.run(victim)
+            run, trigger = (self.at.run(part) for part in (victim.parts()[0], victim.parts()[-1]))
             dataset = data.load(victim.dataset, self.at.root)
             model = models.build(victim.model, dataset.num_classes, victim.seed, victim.dataset)
             model.load_state_dict(run.tensors("model"))
             model = as_published(model, victim)
-            state = run.tensors("trigger") if (run.path / "trigger.safetensors").exists() else {}
+            state = trigger.tensors("trigger") if (trigger.path / "trigger.safetensors").exists() else {}
             if len(self._victims) > 1:
                 self._victims.clear()
             self._victims[victim.name] = model.to(self.at.device).eval(), test_set(dataset, victim, state)

@@ -58,9 +58,6 @@ def repair_text_suspect(suspect: Suspect, repair: Repair) -> dict[str, Any]:
     if "training-data" in module.requires(config):
         raise UserError(f"defense {repair.defense} cleans the training set and trains anew: it cannot repair a "
                         "checkpoint")
-    if "clean-model-instead" in module.requires(config):
-        raise UserError(f"defense {repair.defense} is a control, the model that was never poisoned: it cannot repair a "
-                        "checkpoint")
     told = getattr(config, "target", None) is not None
     dataset, model, test = _suspect(suspect, told)
     if told:

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class TextBench:
             if "training-data" in module.requires(task.config):    # and trains on it anew
                 trained += whole
             return each * ((BACKWARD_COST + 1) * trained + 4 * test)
-        return each * ((BACKWARD_COST + 1) * whole + 2 * test)
+        return each * ((BACKWARD_COST + 1) * whole * task.victim.poisoned + 2 * test)
 
     @staticmethod
     def check(victims: list[Victim], root: Path) -> None:
@@ -98,6 +98,8 @@ class TextBench:
 
     def victim(self, victim: Victim) -> Outcome:
         started = time.perf_counter()
+        if not victim.poisoned:     # its weights are in the clean model's run
+            return self._undefended(self._model(victim), self._test_set(victim), {}, [], started)
         dataset = data.load_text(victim.dataset, self.at.root)
         train, poisoned = self._training_set(victim, dataset)
         info: dict[str, Any] = {} if victim.attack == NONE else {"poisoned": int(poisoned.sum())}
@@ -108,18 +110,22 @@ class TextBench:
             info["resumed_after_epoch"] = resumed[0]
         history = fine_tune(model, train, dataset.validation, victim.recipe, victim.seed, phase="victim",
                             observe=self._observer(victim, []), checkpoint=checkpoint)
-        seconds = round(time.perf_counter() - started, 2)
         test = triggered_test_set(dataset, victim.attack, victim.settings, victim.seed)
+        outcome = self._undefended(model, test, info, [{"phase": "victim", **row} for row in history], started)
+        return replace(outcome, tensors={"model": model.network.state_dict()})
+
+    def _undefended(self, model: TextClassifier, test: TextTestSet, info: dict[str, Any],
+                    history: list[dict[str, Any]], started: float) -> Outcome:
+        """Everything measured of a model as it is."""
+        seconds = round(time.perf_counter() - started, 2)
         if test.triggered:
             info["trigger"] = trigger_quality([test.clean.texts[i] for i in test.index.tolist()], test.triggered)
         predictions = test.predictions(*(self._labels(model, texts) for texts in (test.clean.texts, test.triggered)))
-        return Outcome({**metrics(predictions), "seconds": seconds, "info": info},
-                       [{"phase": "victim", **row} for row in history],
-                       {"predictions": vars(predictions), "samples": samples(model, test)},
-                       {"model": model.network.state_dict()})
+        return Outcome({**metrics(predictions), "seconds": seconds, "info": info}, history,
+                       {"predictions": vars(predictions), "samples": samples(model, test)}, {})
 
     def cell(self, cell: Cell) -> Outcome:
-        model, test = self._model(cell.given()), self._test_set(cell.victim)
+        model, test = self._model(cell.victim), self._test_set(cell.victim)
         dataset = data.load_text(cell.victim.dataset, self.at.root)
         module, base = defense_module(cell.defense), cell.base()
         clean = clean_texts(dataset.validation, cell.clean_fraction, cell.seed)
@@ -176,7 +182,7 @@ class TextBench:
 
     def _training_set(self, victim: Victim, dataset: TextDataset) -> tuple[Texts, Tensor]:
         """What the victim is trained on, and which of it is poisoned, bool (N,)."""
-        if victim.attack == NONE:
+        if victim.attack == NONE or not victim.poisoned:
             return dataset.train, torch.zeros(len(dataset.train), dtype=torch.bool)
         module = attack_module(victim.attack)
 
@@ -201,7 +207,7 @@ class TextBench:
 
     def _model(self, victim: Victim) -> TextClassifier:
         if self._kept_model is None or self._kept_model[0] != victim.name:
-            run = self.at.run(victim)
+            run = self.at.run(victim.parts()[0])
             model = self._untrained(victim, data.load_text(victim.dataset, self.at.root))
             model.network.load_state_dict(run.tensors("model"))
             self._kept_model = victim.name, model.eval()

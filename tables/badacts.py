@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pandas as pd
 
+from reproduce.protocols import NEVER
 from reproduce.protocols.badacts import (
     CLS,
     INITIAL,
@@ -111,7 +112,8 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     """Every table whose entries are at hand, in the report's order."""
     whole = study(results)
     built = [_noted(one, NAMES) for one in grids(results, whole) + _per_dataset(results, purification, detection_first)]
-    built += _per_dataset(results, detection, detectors) + _per_dataset(results, purification, intervals)
+    built += _per_dataset(results, detection, detectors) + _per_dataset(results, unpoisoned, innocent)
+    built += _per_dataset(results, purification, intervals)
     built += _per_dataset(results, purification, cleaning)
     built += details(results, whole)
     built = [_noted(one, STAND_IN) if WORDS in set(one.data.get("defense", ())) else one for one in built]
@@ -159,6 +161,42 @@ def detectors(results: Results, dataset: str) -> Table:
                 "flagged; FRR: share of clean ones that are. Thresholds are chosen on clean data for 5 % FRR; FAR and "
                 "FRR trade off against each other, so a mark for one alone says little. BadActs' suspicion is 1 - NAS. "
                 f"Marks within an attack.{flagged}")
+
+
+def innocent(results: Results, dataset: str) -> Table:
+    """The detectors on the model without a backdoor: whether they tell its trigger, or just an odd sentence."""
+    keys = ["attack", "defense", "settings"]
+    never = rows(results, PAPER, unpoisoned(dataset), *keys)
+    never = never[never.defense != NEVER]
+    victims = rows(results, PAPER, detection(dataset), *keys)
+    victims = victims[victims.defense != BEFORE]
+    on_victims = dict(iter(victims.groupby(keys, sort=False)))
+    numbers, shown = [], []
+    for group, part in never.groupby(keys, sort=False):
+        same = on_victims.get(group, victims.iloc[:0])
+        paired = pairs(same, part, "auroc")
+        gap = mean_difference(results, paired, "auroc") if len(paired) > 1 else None
+        moved = MISSING if not paired else f"{gap.mean:+.1f}{bounds(gap.low, gap.high, 1, '+')}" if gap else \
+            f"{paired[0].difference:+.1f}"
+        found = {"victim": estimate(same, "auroc"), "never": estimate(part, "auroc")}
+        if not found["never"].n:
+            continue
+        labels = dict(zip(keys, group, strict=True))
+        numbers.append({**labels, "measure": "auroc", **{f"{on}_{name}": getattr(value, name) for on, value in
+                                                         found.items() for name in ("n", "mean", "sd", "low", "high")},
+                        "difference": gap.mean if gap else paired[0].difference if paired else math.nan,
+                        "from": gap.low if gap else math.nan, "to": gap.high if gap else math.nan, "n": len(paired),
+                        "runs": " ".join([*measured(same, "auroc").run, *measured(part, "auroc").run])})
+        shown.append({"Attack": labels["attack"], "Detector": labels["defense"], "Settings": labels["settings"],
+                      "On the victim": Value(found["victim"].text(1), runs=tuple(measured(same, "auroc").run)),
+                      "Never poisoned": Value(found["never"].text(1), runs=tuple(measured(part, "auroc").run)),
+                      "Difference": Value(moved), "n": Value(str(len(paired)))})
+    return table(unpoisoned(dataset), f"BadActs: detectors where there is no backdoor, {dataset}",
+                 "AUROC, in percent, of triggered against clean sentences: on the attack's victim, and on the model "
+                 "that was trained on the same sentences without poison, where the trigger is no trigger. What a "
+                 "detector has there it owes to odd words or broken paraphrases; a perfect one of backdoors has 50. "
+                 "Difference: in points, over the n seeds that both have, with a 95 % t interval over them.",
+                 pd.DataFrame(shown), pd.DataFrame(numbers), pd.concat([victims, never]), SPREAD)
 
 
 def detection_first(results: Results, dataset: str) -> Table:

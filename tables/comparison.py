@@ -9,6 +9,7 @@ from reproduce.results import Results, processor
 from tables.layout import (
     BASE,
     BEFORE,
+    NEVER,
     PERCENT,
     attack_grid,
     averages,
@@ -90,11 +91,11 @@ def main_rows(results: Results, study: Study, item: str, variant: str) -> pd.Dat
 
 def with_never_poisoned(results: Results, frame: pd.DataFrame, paper: str, item: str) -> pd.DataFrame:
     """A comparison's frame, and below its victims what was never poisoned, where the item is at hand."""
-    floor = results.frame(paper, item)
+    floor = rows(results, paper, item, "defense")
     if not len(frame) or not len(floor):
         return frame
     victims = frame.defense == BEFORE
-    return pd.concat([frame[victims], floor, frame[~victims]], ignore_index=True)
+    return pd.concat([frame[victims], floor[floor.defense == NEVER], frame[~victims]], ignore_index=True)
 
 
 def grids(results: Results, study: Study) -> list[Table]:

@@ -92,7 +92,7 @@ def made(root: Path, profile: Profile, levels: dict[str, tuple[float, float]] | 
     for number, entry in enumerate(found):
         if store.find(entry.task.name):
             continue
-        detects = entry.item.startswith("detection-") or entry.item in ("deviations", "frr") or \
+        detects = entry.item.startswith(("detection-", "never-poisoned-")) or entry.item in ("deviations", "frr") or \
             entry.labels.get("defense") in (THEN, REJECT)
         acc, asr = (LEVELS | (levels or {})).get(entry.labels.get("defense", ""), OTHERS)
         write_run(store, entry.task, acc, asr, number,
@@ -111,7 +111,8 @@ def built(results: Results) -> dict[str, Table]:
 
 
 PURIFIED = "purification-sentences"
-TABLES = {"main", "main-excess", "main-acc", "detection-sentences", "deviations", "frr", "weight", "layers",
+TABLES = {"main", "main-excess", "main-acc", "detection-sentences", "never-poisoned-sentences",
+          "deviations", "frr", "weight", "layers",
           "validation", "poison-rate", "triggers", "cost", *(f"{PURIFIED}-{name}" for name in (
               "detection-first", "intervals", "cleaning", "complete", "averages", "significance", "significance-2",
               "by-attack", "by-attack-2"))}
@@ -137,6 +138,15 @@ def test_what_was_never_poisoned_stands_below_the_victims(built: dict[str, Table
         assert len(mine) == 4 and (mine.n == 1).all() and (mine["mark"] == "").all()
     assert not any(NEVER in set(table.data.get("defense", ())) for name, table in built.items()
                    if not name.startswith("main"))
+
+
+def test_detectors_meet_the_triggers_where_there_is_no_backdoor(built: dict[str, Table], results: Results) -> None:
+    table = built["never-poisoned-sentences"]
+    assert set(table.data.defense) == {"ONION", "STRIP", "RAP", "DAN", METHOD}
+    line = table.data[(table.data.attack == "AddSent") & (table.data.defense == METHOD)].iloc[0]
+    runs = [results.finished(name).json("metrics")["auroc"] for name in line.runs.split()]
+    assert line.never_mean == runs[-1] and line.victim_mean == pytest.approx(np.mean(runs[:-1]))
+    assert line.difference == pytest.approx(runs[0] - runs[-1]) and line.n == 1
 
 
 def test_cleaning_says_how_much_it_drops_of_the_poisoned_and_of_the_clean(built: dict[str, Table]) -> None:

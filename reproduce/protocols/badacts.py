@@ -4,13 +4,14 @@ Victims are trained as clearloveclearlove/BadActs@7932f19 does (`recipe`). The d
 split. Whether the optimisation of the intervals adds anything shows against the same clamp with intervals that were not
 optimised: mu +- 3 sigma of the clean activations, the constants that the search starts from, and the optimised ones
 dealt out anew to the units of a layer. Word-space purification is ONION's, beside a vote over sentences with words
-dropped at random. What ASR no defense has to answer for shows on the classifier that was trained without poison.
+dropped at random. What ASR no defense has to answer for shows on the classifier that was trained without poison, and so
+does whether a detector tells a backdoor's trigger or just an odd sentence.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from defenses import badacts, never_poisoned_text, onion
+from defenses import badacts, onion
 from reproduce.cells import Victim
 from reproduce.data import attacker_target
 from reproduce.finetuning import TextRecipe
@@ -106,7 +107,8 @@ def detection(dataset: str) -> str:
 
 
 def unpoisoned(dataset: str) -> str:
-    """The item that holds a data set's triggers on the classifier that was trained without poison."""
+    """The item that holds a data set's triggers on the classifier that was trained without poison, and detectors
+    there."""
     return f"never-poisoned-{dataset}"
 
 
@@ -117,8 +119,9 @@ def entries(profile: Profile) -> list[Entry]:
         for dataset in profile.texts:
             found += _main(profile, dataset, seed, RELEASED_ROWS + DESCRIBED_ROWS)
             if profile.repeats(seed):
-                victims = {label: text_victim(profile, dataset, attack, seed) for label, attack in ATTACKS.items()}
-                found += never_poisoned(profile, PAPER, unpoisoned(dataset), victims, never_poisoned_text, 1.0)
+                for label, attack in ATTACKS.items():
+                    on = text_victim(profile, dataset, attack, seed)
+                    found += never_poisoned(profile, PAPER, unpoisoned(dataset), on, {"attack": label}, DETECTORS, 1.0)
         if profile.name == "paper":
             # Its validation split equals its test split: what that flatters.
             found += _main(profile, "hsol-released", seed, BRIEF_ROWS)

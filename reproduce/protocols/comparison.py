@@ -1,7 +1,7 @@
 """What the papers' protocols share: victims, cells, and several defenses compared on one victim."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 from defenses import nad
@@ -85,13 +85,12 @@ def comparison(profile: Profile, paper: str, item: str, on: Victim, labels: dict
     return found
 
 
-def never_poisoned(profile: Profile, paper: str, item: str, victims: dict[str, Victim], control: ModuleType,
-                   fraction: float | None = None) -> list[Entry]:
-    """The triggers of each attack's victim on the model that was trained without poison; control: the module for it."""
-    (config,) = control.SETTINGS.values()
-    name = control.__name__.removeprefix("defenses.")
-    return [Entry(paper, item, {"attack": label, "defense": NEVER, "variant": "-", "settings": "-"},
-                  cell(profile, on, name, config, fraction)) for label, on in victims.items()]
+def never_poisoned(profile: Profile, paper: str, item: str, on: Victim, labels: dict[str, str],
+                   rows: Sequence[Row] = (), fraction: float | None = None) -> list[Entry]:
+    """The victim's triggers on the model that was trained without its poison, and defenses of `rows` that meet them
+    there."""
+    first, *others = comparison(profile, paper, item, on.unpoisoned(), labels, list(rows), fraction)
+    return [replace(first, labels={**first.labels, "defense": NEVER}), *others]
 
 
 def published_victim(profile: Profile, checkpoint: Published, settings: str, seed: int) -> Victim | None:

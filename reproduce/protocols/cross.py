@@ -13,7 +13,6 @@ And that network meets every trigger: what ASR it has, no defense has to answer 
 
 from dataclasses import replace
 
-from defenses import never_poisoned as control
 from reproduce.protocols import Entry, Profile, fmp
 from reproduce.protocols.comparison import BETA_ZERO, Row, comparison, never_poisoned, row, victim
 from reproduce.protocols.mcldef import ATTACKS, MAIN_ROWS, OWN_ROWS, SMOKE_ATTACKS, UNTOLD
@@ -43,6 +42,7 @@ def entries(profile: Profile) -> list[Entry]:
     for seed in filter(profile.repeats, profile.seeds):
         clean = victim(profile, *ATTACKS["BadNets"], "described", seed).clean()
         found += comparison(profile, PAPER, NO_BACKDOOR, clean, {"attack": "none"}, rows)
-        victims = {label: victim(profile, *attacks[label], "described", seed) for label in attacks}
-        found += never_poisoned(profile, PAPER, UNPOISONED, victims, control)
+        for label in attacks:
+            on = victim(profile, *attacks[label], "described", seed)
+            found += never_poisoned(profile, PAPER, UNPOISONED, on, {"attack": label})
     return found

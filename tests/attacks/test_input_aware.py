@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks import input_aware
-from reproduce.cells import Victim
+from defenses import ft
+from reproduce.cells import Cell, Victim
 from reproduce.data.augment import Augment, to_input
 from reproduce.runner import Runner
 from reproduce.store import Store
@@ -195,3 +196,11 @@ def test_a_victims_run_keeps_the_trained_trigger(tmp_path: Path) -> None:
     _model, test = runner._bench("image")._load_victim(victim)
     assert torch.equal(test.triggered[:8], torch.from_numpy(run.arrays("samples")["triggered"]))
     assert len(test.triggered) == len(run.predictions().triggered)
+    # So does the network that was never poisoned, whose weights are those of the clean one, stored there.
+    clean, never = runner.run(victim.clean()), runner.run(victim.unpoisoned())
+    assert never.arrays("samples")["triggered"].tobytes() == run.arrays("samples")["triggered"].tobytes()
+    assert never.predictions().clean.tobytes() == clean.predictions().clean.tobytes()
+    assert len(never.predictions().triggered) == len(run.predictions().triggered)
+    assert not (never.path / "model.safetensors").exists()
+    repaired = runner.run(Cell(victim.unpoisoned(), "ft", ft.Config(Recipe(1, ((0, 0.05),), batch=128)), 0.2))
+    assert repaired.json("metrics")["n_nontarget"] == never.json("metrics")["n_nontarget"]

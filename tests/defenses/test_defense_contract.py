@@ -14,7 +14,7 @@ from reproduce.plugins import names
 
 MODULES = [name for name in names(Path(__file__).parents[2] / "defenses")
            if not hasattr(defense_module(name), "MODALITY")]
-DATA_FREE = {"clp", "never_poisoned"}   # nothing is trained or drawn
+DATA_FREE = {"clp"}     # nothing is trained or drawn
 TEST_DATA = {("anp", "oracle"): {"test-asr"}}
 CASES = [(name, *key) for name in MODULES for key in defense_module(name).SETTINGS]
 

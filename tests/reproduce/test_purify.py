@@ -246,8 +246,6 @@ def test_evaluate_and_defend_know_texts(folder: Path, tmp_path: Path) -> None:
     ("evaluate", ["--model", "minilm-l6"], "is not a minilm-l6 with 2 classes|minilm-l6: the package"),
     ("defend", ["--defense", "nad", "--output", "o.safetensors"], "defense nad is for images"),
     ("defend", ["--defense", "cube", "--output", "o.safetensors"], "cannot repair a checkpoint"),
-    ("defend", ["--defense", "never_poisoned_text", "--defense-variant", "ours", "--output", "o.safetensors"],
-     "is a control"),
     ("defend", ["--defense", "badacts", "--output", "o.pt"], "written as .safetensors"),
     ("defend", ["--defense", "badacts", "--output", "o.safetensors", "--clean-fraction", "0.01"],
      "is 2: raise it to 20"),

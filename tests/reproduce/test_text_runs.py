@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attacks import addsent, badnets_words
-from defenses import badacts, cube, ft_text, never_poisoned_text, strip
+from defenses import badacts, cube, ft_text, strip
 from reproduce.cells import Cell, Victim, with_dependencies
 from reproduce.cli import Selection
 from reproduce.engine import check_data, cost
@@ -106,17 +106,26 @@ def test_a_defense_that_changes_weights_stores_them(root: Path) -> None:
     assert not (run.path / "samples.npz").exists(), "only a defense that changes activations shows them"
 
 
-def test_what_was_never_poisoned_meets_the_triggers_as_it_is(root: Path) -> None:
-    cell = Cell(VICTIM, "never_poisoned_text", never_poisoned_text.Config(), 1.0)
-    assert [task.name for task in with_dependencies([cell])] == [VICTIM.clean().name, cell.name]
-    clean, run = runner(root).run(VICTIM.clean()), runner(root).run(cell)
+def test_what_was_never_poisoned_meets_the_triggers(root: Path) -> None:
+    victim = VICTIM.unpoisoned()
+    assert [task.name for task in with_dependencies([victim])] == [VICTIM.clean().name, victim.name]
+    clean, run, before = (runner(root).run(task) for task in (VICTIM.clean(), victim, VICTIM))
     assert np.array_equal(run.predictions().clean, clean.predictions().clean)
     assert len(run.predictions().triggered) == 120
-    measured, before = run.json("metrics"), runner(root).run(VICTIM).json("metrics")
-    assert measured["acc"] > 95
     # The sentence that triggers is unlike all others here, and takes half of them along without any backdoor.
-    assert 20 < measured["asr"] < before["asr"] - 20
-    assert not (run.path / "model.safetensors").exists(), "its weights are stored with its own run"
+    assert 20 < run.json("metrics")["asr"] < before.json("metrics")["asr"] - 20
+    assert not (run.path / "model.safetensors").exists(), "its weights are the clean model's"
+
+
+def test_a_detector_meets_the_triggers_where_there_is_no_backdoor(root: Path) -> None:
+    config = dataclasses.replace(QUICK, mode="detect")
+    cell = Cell(VICTIM.unpoisoned(), "badacts", config, 1.0)
+    assert [task.name for task in with_dependencies([cell])] == [VICTIM.clean().name, cell.name]
+    clean, run, on_victim = (runner(root).run(task) for task in (
+        VICTIM.clean(), cell, Cell(VICTIM, "badacts", config, 1.0)))
+    kept = ~run.detection().flagged_clean
+    assert np.array_equal(run.predictions().clean[kept], clean.predictions().clean[kept])
+    assert run.json("metrics")["auroc"] != on_victim.json("metrics")["auroc"]
 
 
 def test_cleaning_the_training_set_trains_from_the_victims_initialisation(root: Path,
