@@ -39,6 +39,7 @@ from tables.layout import (
     BEFORE,
     DETECTION,
     SPREAD,
+    WITHOUT_TEST,
     compare,
     counts,
     estimate,
@@ -196,7 +197,7 @@ def innocent(results: Results, dataset: str) -> Table:
                  "that was trained on the same sentences without poison, where the trigger is no trigger. What a "
                  "detector has there it owes to odd words or broken paraphrases; a perfect one of backdoors has 50. "
                  "Difference: in points, over the n seeds that both have, with a 95 % t interval over them.",
-                 pd.DataFrame(shown), pd.DataFrame(numbers), pd.concat([victims, never]), SPREAD)
+                 pd.DataFrame(shown), pd.DataFrame(numbers), pd.concat([victims, never]), f"{SPREAD} {WITHOUT_TEST}")
 
 
 def detection_first(results: Results, dataset: str) -> Table:
