@@ -1,7 +1,7 @@
 """BadActs' tables, from the runs of `reproduce.protocols.badacts`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -51,6 +51,7 @@ from tables.layout import (
     mean_difference,
     measured,
     not_taken,
+    over_attacks,
     pairs,
     present,
     printed,
@@ -87,9 +88,9 @@ ITEMS = (purification, detection)   # of each data set
 KINDS = (METHOD, STATISTICS, INITIAL, RANDOM, CLS)
 
 
-def datasets(results: Results) -> list[str]:
-    """The data sets whose purification or detection is among the protocol entries at hand."""
-    return list(dict.fromkeys(entry.item.removeprefix(item("")) for entry in results.entries for item in ITEMS
+def datasets(results: Results, items: Sequence[Callable[[str], str]] = ITEMS) -> list[str]:
+    """The data sets of which one of these items, purification or detection, is among the protocol entries at hand."""
+    return list(dict.fromkeys(entry.item.removeprefix(item("")) for entry in results.entries for item in items
                               if entry.paper == PAPER and entry.item.startswith(item(""))))
 
 
@@ -129,8 +130,7 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
 
 
 def _per_dataset(results: Results, item: Callable[[str], str], build: Callable[[Results, str], Table]) -> list[Table]:
-    return [table for name in datasets(results)
-            for table in if_present(results, PAPER, item(name), lambda n=name: build(results, n))]
+    return [build(results, name) for name in datasets(results, (item,))]
 
 
 def _common(results: Results, dataset: str) -> list[Callable[[str], str]]:
@@ -174,19 +174,17 @@ def innocent(results: Results, dataset: str) -> Table:
     on_victims = dict(iter(victims.groupby(keys, sort=False)))
     numbers, shown = [], []
     for group, part in never.groupby(keys, sort=False):
-        same = on_victims.get(group, victims.iloc[:0])
-        paired = pairs(same, part, "auroc")
-        gap = mean_difference(results, paired, "auroc") if len(paired) > 1 else None
-        moved = MISSING if not paired else f"{gap.mean:+.1f}{bounds(gap.low, gap.high, 1, '+')}" if gap else \
-            f"{paired[0].difference:+.1f}"
+        same = on_victims.get(group, part.iloc[:0])
         found = {"victim": estimate(same, "auroc"), "never": estimate(part, "auroc")}
         if not found["never"].n:
             continue
+        paired = pairs(same, part, "auroc")
+        gap = over_attacks(paired, "auroc")
+        moved = f"{gap.mean:+.1f}{bounds(gap.low, gap.high, 1, '+')}" if paired else MISSING
         labels = dict(zip(keys, group, strict=True))
         numbers.append({**labels, "measure": "auroc", **{f"{on}_{name}": getattr(value, name) for on, value in
                                                          found.items() for name in ("n", "mean", "sd", "low", "high")},
-                        "difference": gap.mean if gap else paired[0].difference if paired else math.nan,
-                        "from": gap.low if gap else math.nan, "to": gap.high if gap else math.nan, "n": len(paired),
+                        "difference": gap.mean, "from": gap.low, "to": gap.high, "n": len(paired),
                         "runs": " ".join([*measured(same, "auroc").run, *measured(part, "auroc").run])})
         shown.append({"Attack": labels["attack"], "Detector": labels["defense"], "Settings": labels["settings"],
                       "On the victim": Value(found["victim"].text(1), runs=tuple(measured(same, "auroc").run)),

@@ -147,6 +147,9 @@ def test_detectors_meet_the_triggers_where_there_is_no_backdoor(built: dict[str,
     runs = [results.finished(name).json("metrics")["auroc"] for name in line.runs.split()]
     assert line.never_mean == runs[-1] and line.victim_mean == pytest.approx(np.mean(runs[:-1]))
     assert line.difference == pytest.approx(runs[0] - runs[-1]) and line.n == 1
+    alone = [entry for entry in results.entries if entry.item == "never-poisoned-sentences"]
+    (table,) = tables.tables(Results(results.store, alone))
+    assert set(table.frame.Difference.map(str)) == {"-"} and (table.data.never_n == 1).all()
 
 
 def test_cleaning_says_how_much_it_drops_of_the_poisoned_and_of_the_clean(built: dict[str, Table]) -> None:

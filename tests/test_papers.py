@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -24,6 +25,8 @@ from reproduce.protocols import BEFORE, NEVER, PROFILES, Profile, entries
 from reproduce.results import Results
 from reproduce.store import Store
 from tables import render
+from tables.layout import defense_grid
+from tables.render import BEST
 from tests.drawn import shows
 from tests.synthetic import write_run
 
@@ -97,6 +100,17 @@ def test_what_was_never_poisoned_is_shown_but_not_ranked(results: dict[str, Resu
         assert list(built[name].frame.Defense)[:3] == [BEFORE, NEVER, "FT"] and NEVER in built[name].caption
         assert (built[name].data[built[name].data.defense == NEVER]["mark"] == "").all()
     assert NEVER not in set(built["cross-ranks"].data.defense) | set(built["cross-cost"].data.defense)
+
+
+def test_what_was_never_poisoned_is_not_called_best_where_it_is(results: dict[str, Results]) -> None:
+    frame = tables.cross.main_rows(results["cross"])
+
+    def best(frame: pd.DataFrame) -> set[str]:
+        data = defense_grid(results["cross"], frame, "asr", name="asr", title="", caption="").data
+        return set(data.defense[data["mark"] == BEST])
+
+    assert best(frame) == {"MCLDef"}
+    assert best(frame.replace({"defense": {"MCLDef": NEVER}})).isdisjoint({"MCLDef", NEVER})
 
 
 def test_features_are_of_a_seed_that_shows_them_before_and_after(results: dict[str, Results],
