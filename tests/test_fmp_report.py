@@ -16,7 +16,7 @@ from reproduce import claims
 from reproduce.cells import Victim
 from reproduce.claims import criteria
 from reproduce.claims import fmp as fmp_claims
-from reproduce.protocols import PROFILES, Entry, departure, entries
+from reproduce.protocols import BEFORE, NEVER, PROFILES, Entry, departure, entries
 from reproduce.protocols.fmp import (
     BASELINES,
     BEFORE_ANY,
@@ -27,6 +27,7 @@ from reproduce.protocols.fmp import (
     NOT_OF_WIDE_RESNET,
     PAPER,
     RANDOM,
+    unpoisoned,
 )
 from reproduce.report import write_report
 from reproduce.results import Results
@@ -92,6 +93,26 @@ def test_every_item_has_its_table(results: Results) -> None:
     assert tables.tables(Results(Store(Path("nowhere")), [])) == []
     unsaid = {table.name for table in built if CLEAN not in table.caption}
     assert unsaid == {table.name for table in built if re.search("five-percent|clean-fraction", table.name)}
+
+
+def test_what_was_never_poisoned_stands_in_both_grids_and_nowhere_else(results: Results) -> None:
+    built = {table.name.removeprefix(f"{PAPER}-"): table for table in tables.tables(results)}
+    grids = {f"{item}{measure}" for item in ("main", "main-released") for measure in ("", "-excess", "-acc", "-ra")}
+    for name in grids:
+        assert list(built[name].frame.Defense)[:3] == [BEFORE, NEVER, "FT"], name
+        assert (built[name].data[built[name].data.defense == NEVER]["mark"] == "").all()
+    assert not any(NEVER in set(table.data.get("defense", ())) for name, table in built.items() if name not in grids)
+
+
+def test_what_was_never_poisoned_is_at_hand_wherever_there_are_victims() -> None:
+    for profile in PROFILES.values():
+        found = entries(profile, [PAPER])
+        items = {entry.item for entry in found if entry.item in tables.DATASETS}
+        for item in items:
+            attacks, met = ({(entry.labels["attack"], entry.task.seed) for entry in found
+                             if entry.item == one and entry.labels["defense"] == row}
+                            for one, row in ((item, BEFORE), (unpoisoned(item), NEVER)))
+            assert attacks == met and attacks, (profile.name, item)
 
 
 def test_what_two_comparisons_share_is_tested_once(results: Results) -> None:

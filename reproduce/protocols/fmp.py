@@ -22,7 +22,16 @@ from reproduce.cells import Victim
 from reproduce.data.augment import Augment
 from reproduce.poisoning import attack_module
 from reproduce.protocols import BEFORE, Entry, Profile, argd, mcldef, nad
-from reproduce.protocols.comparison import Row, cell, comparison, fractions, published_victim, row, sweep
+from reproduce.protocols.comparison import (
+    Row,
+    cell,
+    comparison,
+    fractions,
+    never_poisoned,
+    published_victim,
+    row,
+    sweep,
+)
 from reproduce.training import Cosine, Recipe
 
 PAPER = "fmp"
@@ -117,6 +126,11 @@ def entries(profile: Profile) -> list[Entry]:
     return found
 
 
+def unpoisoned(item: str) -> str:
+    """The item with what was never poisoned, on the data set of an item with a main table."""
+    return "never-poisoned" if item == "main" else f"never-poisoned-{item}"
+
+
 def fmp_victim(profile: Profile, attack: str, seed: int, variant: str = "described", **changes: Any) -> Victim:
     """The victim of an attack in BackdoorBench's settings."""
     recipe = replace(VICTIM, epochs=EPOCHS.get(profile.dataset, VICTIM.epochs),
@@ -156,9 +170,12 @@ def _own(profile: Profile, config: Any) -> Any:
 
 
 def _main(profile: Profile, item: str, seed: int) -> list[Entry]:
-    return [entry for label in (SMOKE_ATTACKS if profile.smoke else ATTACKS)
-            for entry in comparison(profile, PAPER, item, fmp_victim(profile, ATTACKS[label], seed), {"attack": label},
-                                    _fitting(profile, MAIN_ROWS))]
+    found: list[Entry] = []
+    for label in SMOKE_ATTACKS if profile.smoke else ATTACKS:
+        on = fmp_victim(profile, ATTACKS[label], seed)
+        found += comparison(profile, PAPER, item, on, {"attack": label}, _fitting(profile, MAIN_ROWS))
+        found += never_poisoned(profile, PAPER, unpoisoned(item), on, {"attack": label})
+    return found
 
 
 def _five_percent(profile: Profile, seed: int) -> list[Entry]:
