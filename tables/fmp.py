@@ -57,9 +57,12 @@ FACTORS = (
               "network, and normalised is one on MCLDef's alone",
            called="faults, on published checkpoints"),
 )
-CARRIERS = {     # {item: (table name, {label: heading} of its rows)}
-    "main": ("carriers", {"attack": "Attack", "defense": "Defense", "settings": "Settings"}),
-    "published-faults": ("carriers-published", {"attack": "Checkpoint", "faults": "Settings"})}
+_ROWS = {"attack": "Attack", "defense": "Defense", "settings": "Settings"}
+CARRIERS = {     # {item: (table name, whose maps, {label: heading} of its rows)}
+    "main": ("carriers", "", _ROWS),
+    "gtsrb": ("carriers-gtsrb", ", GTSRB", _ROWS),
+    "published-faults": ("carriers-published", ", published checkpoints",
+                         {"attack": "Checkpoint", "faults": "Settings"})}
 # {item: (table name, what its victims are)}
 FAULTS_ON = {"faults": ("worth", "own victims"), "published-faults": ("worth-published", "published checkpoints")}
 # What the choice of maps is worth: (the method, the same without its choice)
@@ -129,7 +132,7 @@ def choice(results: Results) -> Table:
 
 def carriers(results: Results, item: str) -> Table:
     """How many of the pruned maps are those that the trigger moves most."""
-    name, keys = CARRIERS[item]
+    name, where, keys = CARRIERS[item]
     frame = rows(results, PAPER, item, *keys)
     victims = results.victims(PAPER, item)
     numbers = []
@@ -149,8 +152,7 @@ def carriers(results: Results, item: str) -> Table:
                                        ("Expected at random (%)", "chance", 1),
                                        ("Change of pruned maps", "change_pruned", 2),
                                        ("Change of all maps", "change_all", 2))}, "n": Value(str(len(part)))})
-    on = f", {FAULTS_ON[item][1]}" if item in FAULTS_ON else ""
-    return table(name, f"FMP: do the pruned maps carry the backdoor{on}?",
+    return table(name, f"FMP: do the pruned maps carry the backdoor{where}?",
                  "Change: how far the trigger moves a map of the victim, in standard deviations of the map on clean "
                  "test images. Carriers: in each convolution, as many of the maps with the largest change as are "
                  "pruned there. Means over seeds; measured with the trigger, which the defender does not have.",

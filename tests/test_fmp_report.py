@@ -238,6 +238,22 @@ def test_claims(tmp_path: Path) -> None:
     assert narrow.verdict == criteria.UNDECIDED and "no verdict on the paper" in narrow.evidence
 
 
+@pytest.mark.parametrize(("attacks", "outcome"), [(7, criteria.SUPPORTED), (6, criteria.UNDECIDED)])
+def test_controls_on_gtsrb_need_all_seven_attacks_of_one_seed(tmp_path: Path, attacks: int, outcome: str) -> None:
+    found = entries(PROFILES["cpu"], [PAPER], ["gtsrb"])
+    names = list(dict.fromkeys(entry.labels["attack"] for entry in found))
+    assert len(names) == 7 and {entry.task.seed for entry in found} == {0}
+    ran = [entry for entry in found if entry.labels["attack"] in names[:attacks]]
+    results = Results(made(tmp_path, ran).store, found)
+    made_claims = claims.claims(results, PROFILES["cpu"])
+    assert {claim.name for claim in made_claims} == {
+        f"gtsrb-{name}-adds" for name in ("pruning", "scoring", "adversarial-scoring")}
+    assert {(claim.outcome, claim.checks[0].n) for claim in made_claims} == {(outcome, attacks)}
+    assert {claim.verdict for claim in made_claims} == {criteria.UNDECIDED}, "the network is narrow"
+    data = next(table for table in tables.tables(results) if table.name == f"{PAPER}-carriers-gtsrb").data
+    assert data[data.defense == METHOD].attack.nunique() == attacks and set(data.defense) == {METHOD, RANDOM}
+
+
 def over_seeds(seeds: int, **asr: float) -> pd.DataFrame:
     """Rows of one defense at these levels; an attack at NaN has entries, but no run."""
     return pd.DataFrame([{"attack": attack, "defense": "Before", "seed": seed, "asr": value + 0.1 * seed,
