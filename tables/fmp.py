@@ -60,8 +60,8 @@ FACTORS = (
 _ROWS = {"attack": "Attack", "defense": "Defense", "settings": "Settings"}
 CARRIERS = {     # {item: (table name, whose maps, {label: heading} of its rows)}
     "main": ("carriers", "", _ROWS),
-    "gtsrb": ("carriers-gtsrb", ", GTSRB", _ROWS),
-    "published-faults": ("carriers-published", ", published checkpoints",
+    "gtsrb": ("carriers-gtsrb", " on GTSRB", _ROWS),
+    "published-faults": ("carriers-published", " on published checkpoints",
                          {"attack": "Checkpoint", "faults": "Settings"})}
 # {item: (table name, what its victims are)}
 FAULTS_ON = {"faults": ("worth", "own victims"), "published-faults": ("worth-published", "published checkpoints")}

@@ -62,8 +62,9 @@ def pruned(last: bool) -> dict[str, torch.Tensor]:
     return {"layer": torch.tensor([0] * SIZES[1] + [1] * SIZES[2]), "pruned": mask}
 
 
-def made(root: Path, found: list[Entry]) -> Results:
-    """Runs of the protocol, at levels that depend on the defense alone; faults add 10 points of ASR."""
+def made(root: Path, found: list[Entry], finds: bool = True) -> Results:
+    """Runs of the protocol, at levels that depend on the defense alone; faults add 10 points of ASR. finds: whether FMP
+    prunes the maps that the trigger moves most, or those that it moves least."""
     store = Store(root)
     for number, entry in enumerate(found):
         if store.find(entry.task.name):
@@ -73,7 +74,7 @@ def made(root: Path, found: list[Entry]) -> Results:
         asr += 10 * ("+" in entry.labels.get("faults", ""))
         own = defense in (METHOD, RANDOM) and not isinstance(entry.task, Victim)
         write_run(store, entry.task, acc, asr, number, info={"layers": list(NAMES[1:])} if own else {},
-                  tensors={"defense": pruned(last=defense == METHOD)} if own else {},
+                  tensors={"defense": pruned(last=finds and defense == METHOD)} if own else {},
                   shown={"map_change": CHANGE, "map_layer": LAYER, "map_layers": np.array(NAMES)}
                   if isinstance(entry.task, Victim) else None)
     return Results(store, found)
@@ -226,13 +227,16 @@ def test_claims(tmp_path: Path) -> None:
     six = [entry for entry in entries(PROFILES["paper"], [PAPER], ["main"])
            if entry.labels["attack"] in ("BadNets", "SSBA")]
     found = {claim.name: claim for claim in claims.claims(made(tmp_path, six), PROFILES["paper"])}
-    assert set(found) == {f"{name}{ending}" for name in ("asr", "ra", "least-gap", "largest-gap")
+    assert set(found) == {f"{name}{ending}" for name in ("asr", "ra", "least-gap", "largest-gap", "maps")
                           for ending in ("", "-released")} | {
         f"{name}-adds" for name in ("pruning", "scoring", "adversarial-scoring")}
     assert found["asr"].outcome == criteria.SUPPORTED and found["least-gap"].outcome == criteria.SUPPORTED
     # ANP leaves 78 points more.
     assert found["largest-gap"].outcome == criteria.SUPPORTED and "ANP" in found["largest-gap"].evidence
     assert found["pruning-adds"].outcome == criteria.SUPPORTED
+    # Six runs of BadNets; the made-up ones prune the maps that the trigger moves most.
+    maps = found["maps"].checks[0]
+    assert (found["maps"].outcome, maps.value, maps.n) == (criteria.SUPPORTED, 100, 6)
     assert all(claim.source for claim in found.values())
     narrow = claims.scaled(found["asr"], PROFILES["cpu"], departure(PAPER, PROFILES["cpu"]))
     assert narrow.verdict == criteria.UNDECIDED and "no verdict on the paper" in narrow.evidence
@@ -252,6 +256,14 @@ def test_controls_on_gtsrb_need_all_seven_attacks_of_one_seed(tmp_path: Path, at
     assert {claim.verdict for claim in made_claims} == {criteria.UNDECIDED}, "the network is narrow"
     data = next(table for table in tables.tables(results) if table.name == f"{PAPER}-carriers-gtsrb").data
     assert data[data.defense == METHOD].attack.nunique() == attacks and set(data.defense) == {METHOD, RANDOM}
+
+
+def test_maps_that_the_trigger_hardly_moves_are_not_the_backdoors(tmp_path: Path) -> None:
+    found = [entry for entry in entries(PROFILES["paper"], [PAPER], ["main"])
+             if entry.labels["attack"] == "BadNets" and entry.labels["defense"] in (BEFORE, METHOD)]
+    judged = {claim.name: claim for claim in claims.claims(made(tmp_path, found, finds=False), PROFILES["paper"])}
+    assert {(judged[name].outcome, judged[name].checks[0].value) for name in ("maps", "maps-released")} == {
+        (criteria.REFUTED, 0)}
 
 
 def over_seeds(seeds: int, **asr: float) -> pd.DataFrame:
