@@ -1,5 +1,6 @@
 """FMP's tables, from the runs of `reproduce.protocols.fmp`."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -142,20 +143,22 @@ def carriers(results: Results, item: str) -> Table:
         if victim is None or not (found := pruned_maps(victim, run)):
             continue
         numbers.append({**{key: getattr(line, key) for key in keys}, "seed": line.seed, "run": line.run,
-                        **_overlap(*found)})
+                        **_overlap(*found), "ties": _ties(run)})
     data = pd.DataFrame(numbers)
     shown = []
     for of_row, part in data.groupby(list(keys), sort=False) if numbers else ():
         shown.append({**dict(zip(keys.values(), of_row, strict=True)), **{
-            title: Value(f"{part[key].mean():.{digits}f}", runs=tuple(part.run))
-            for title, key, digits in (("Maps pruned", "pruned", 0), ("Carriers among them (%)", "hits", 1),
-                                       ("Expected at random (%)", "chance", 1),
+            title: Value(MISSING if part[key].isna().all() else f"{part[key].mean():.{digits}f}", runs=tuple(part.run))
+            for title, key, digits in (("Maps pruned", "pruned", 0), ("Decided by ties (%)", "ties", 1),
+                                       ("Carriers among them (%)", "hits", 1), ("Expected at random (%)", "chance", 1),
                                        ("Change of pruned maps", "change_pruned", 2),
                                        ("Change of all maps", "change_all", 2))}, "n": Value(str(len(part)))})
     return table(name, f"FMP: do the pruned maps carry the backdoor{where}?",
                  "Change: how far the trigger moves a map of the victim, in standard deviations of the map on clean "
                  "test images. Carriers: in each convolution, as many of the maps with the largest change as are "
-                 "pruned there. Means over seeds; measured with the trigger, which the defender does not have.",
+                 "pruned there. Means over seeds; measured with the trigger, which the defender does not have. Decided "
+                 "by ties: the share of the pruned maps that score like one of their convolution that was spared, so "
+                 "that not the score but their number chose them; random maps have none.",
                  pd.DataFrame(shown), data, measured(frame, "asr"))
 
 
@@ -172,6 +175,23 @@ def pruned_maps(victim: Run, run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarr
     wanted = [names.index(name) for name in run.json("metrics")["info"]["layers"]]
     change = np.concatenate([samples["map_change"][layer == one] for one in wanted])
     return change, np.array(wanted)[tensors["layer"].numpy()], tensors["pruned"].numpy()
+
+
+def _ties(run: Run) -> float:
+    """Of the pruned maps the share, in percent, whose score one of their convolution that was spared has too; NaN where
+    nothing was scored. Where scores are rotated each convolution's are used by one of as many maps, so the share
+    is that of the scores as they were used."""
+    tensors = {name: tensor.numpy() for name, tensor in run.tensors("defense").items()}
+    if "scores" not in tensors:
+        return math.nan
+    tied = 0
+    for one in np.unique(tensors["layer"]):
+        here = tensors["layer"] == one
+        count = int(tensors["pruned"][here].sum())
+        scores = np.sort(tensors["scores"][here])
+        if 0 < count < len(scores) and scores[count - 1] == scores[count]:
+            tied += int((scores[:count] == scores[count]).sum())
+    return 100 * tied / int(tensors["pruned"].sum())
 
 
 def _overlap(change: np.ndarray, layer: np.ndarray, pruned: np.ndarray) -> dict[str, float]:

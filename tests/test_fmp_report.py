@@ -59,7 +59,9 @@ def pruned(last: bool) -> dict[str, torch.Tensor]:
     """What a run that prunes one map of each convolution keeps: the one moved most, or the one moved least."""
     mask = torch.zeros(sum(SIZES[1:]), dtype=torch.bool)
     mask[[7, 23] if last else [0, 8]] = True
-    return {"layer": torch.tensor([0] * SIZES[1] + [1] * SIZES[2]), "pruned": mask}
+    found = {"layer": torch.tensor([0] * SIZES[1] + [1] * SIZES[2]), "pruned": mask}
+    # By score the first convolution's lowest stands alone, the second's are all the same.
+    return {**found, "scores": torch.cat([torch.arange(8.0).flip(0), torch.full((16,), 50.0)])} if last else found
 
 
 def made(root: Path, found: list[Entry], finds: bool = True) -> Results:
@@ -155,6 +157,8 @@ def test_carriers_are_the_maps_that_the_trigger_moves_most(results: Results) -> 
     data = next(table for table in tables.tables(results) if table.name == f"{PAPER}-carriers").data
     shares = data.groupby("defense").hits.mean()
     assert shares[METHOD] == 100 and shares[RANDOM] == 0
+    ties = {name: set(part.ties.dropna()) for name, part in data.groupby("defense")}
+    assert ties == {METHOD: {50.0}, RANDOM: set()}, "one of two, and random maps have no score"
     # One of 8 and one of 16.
     assert data.chance.mean() == pytest.approx(100 * (1 / 8 + 1 / 16) / 2)
     assert data[data.defense == METHOD].change_pruned.mean() == (7 + 15) / 2
