@@ -52,7 +52,8 @@ FACTORS = (
            within=("rate", "Poison rate"), measures=SHOWN),
     Factor("faults", "faults", "Faults", f"{EACH_FAULT}.", within=("attack", "Attack"), on="Several attacks",
            measures=SHOWN),
-    Factor("published-faults", "faults", "Faults", f"{EACH_FAULT}; both with the choice of maps replaced, or none.",
+    Factor("published-faults", "faults", "Faults", f"{EACH_FAULT}; both with the choice of maps replaced, or none; "
+           "the described one with all clean images scoring, where the scale has fewer score.",
            within=("attack", "Checkpoint"), measures=SHOWN,
            on=f"BadNets, on {CHECKPOINTS}; two of the faults, {' and '.join(NOT_OF_WIDE_RESNET)}, are none on their "
               "network, and normalised is one on MCLDef's alone",

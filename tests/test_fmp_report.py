@@ -18,6 +18,7 @@ from reproduce.claims import criteria
 from reproduce.claims import fmp as fmp_claims
 from reproduce.protocols import BEFORE, NEVER, PROFILES, Entry, departure, entries
 from reproduce.protocols.fmp import (
+    ALL_IMAGES,
     BASELINES,
     BEFORE_ANY,
     IDLE,
@@ -183,7 +184,13 @@ def test_faults_on_published_checkpoints(tmp_path: Path) -> None:
     assert not [entry for entry in entries(QUICK, [PAPER]) if entry.item == "published-faults"]
     victims = {entry.task.published for entry in found if isinstance(entry.task, Victim)}
     assert len(victims) == 3 and all(entry.on_request for entry in found)
-    assert {entry.task.config.p for entry in found if not isinstance(entry.task, Victim)} == {16}
+    cells = {entry.labels["faults"]: entry.task.config for entry in found if not isinstance(entry.task, Victim)}
+    assert {config.p for config in cells.values()} == {16}
+    assert {name for name, config in cells.items() if config.images is None} == {ALL_IMAGES}
+    assert replace(cells[ALL_IMAGES], images=256) == cells["described"]
+    in_full = entries(replace(PROFILES["paper"], seeds=(0,)), [PAPER], ["published-faults"])
+    assert ALL_IMAGES not in {entry.labels["faults"] for entry in in_full}
+    assert cells[ALL_IMAGES] in [entry.task.config for entry in in_full if entry.labels["faults"] == "described"]
     results = made(tmp_path, found)
     built = {table.name: table.data for table in tables.tables(results)}
     assert set(built[f"{PAPER}-carriers-published"].hits) == {100.0}

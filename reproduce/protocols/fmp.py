@@ -68,8 +68,9 @@ _DESCRIBED, _RELEASED = (fmp.SETTINGS[PAPER, variant] for variant in ("described
 # The released start noise elsewhere: config/defense/feature/{cifar100,gtsrb}.yaml of ASE2023Paper/FMT@3df9827.
 NOISE = {"cifar100": 0.03, "gtsrb": 0.03}
 CONTROLS = {NO_PRUNING: "no-pruning", RANDOM: "random", IDLE: "activation"}
-# In a table of faults: the victim, and the two methods with the choice of maps replaced.
+# In a table of faults: the victim, and the two methods with the choice of maps replaced, or made from more images.
 BEFORE_ANY = "none: the victim"
+ALL_IMAGES = "described, all images"    # where a scale cuts the scoring images, what they are worth
 UNCHOSEN = {"described, random maps": fmp.SETTINGS[PAPER, "random"],
             "described, least active maps": fmp.SETTINGS[PAPER, "activation"],
             "described, no pruning": fmp.SETTINGS[PAPER, "no-pruning"],
@@ -207,6 +208,10 @@ def _published_faults(profile: Profile, seed: int) -> list[Entry]:
             found += _with_and_without(profile, "published-faults", on, label, none)
             found += [Entry(PAPER, "published-faults", {"attack": label, "faults": name},
                             cell(profile, on, "fmp", _own(profile, config))) for name, config in UNCHOSEN.items()]
+            if profile.shortened:
+                uncut = replace(profile, victim_epochs=None)
+                found.append(Entry(PAPER, "published-faults", {"attack": label, "faults": ALL_IMAGES},
+                                   cell(uncut, on, "fmp", _own(uncut, _DESCRIBED))))
     return [replace(entry, on_request=True) for entry in found]
 
 
