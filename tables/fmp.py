@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from defenses.fmp import FAULTS
-from reproduce.protocols.fmp import METHOD, NO_PRUNING, NOT_OF_WIDE_RESNET, PAPER, RANDOM, unpoisoned
+from reproduce.protocols.fmp import BEFORE_ANY, METHOD, NO_PRUNING, NOT_OF_WIDE_RESNET, PAPER, RANDOM, unpoisoned
 from reproduce.results import Results
+from reproduce.statistics import over_groups
 from reproduce.store import Run
 from tables.comparison import (
     Factor,
@@ -78,6 +81,7 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     for item in FAULTS_ON:
         built += if_present(results, PAPER, item, lambda one=item: worth(results, one))
     built += if_present(results, PAPER, "published-faults", lambda: choice(results))
+    built += if_present(results, PAPER, "published-faults", lambda: again(results))
     for item in CARRIERS:
         built += if_present(results, PAPER, item, lambda one=item: carriers(results, one))
     built += details(results, STUDY) + clean_fraction(results, STUDY)
@@ -130,6 +134,56 @@ def choice(results: Results) -> Table:
     return tested("choice-published", "FMP: what pruning and the choice of maps are worth, published checkpoints",
                   f"BadNets, on {CHECKPOINTS}. FMP minus the control on the same checkpoint", compared,
                   {"settings": "FMP", "control": "Control"}, frame, group="a checkpoint")
+
+
+def again(results: Results) -> Table:
+    """Whether the same maps of one network are chosen at another seed, which draws other images and other noise."""
+    frame = rows(results, PAPER, "published-faults", "attack", "faults")
+    done = frame[(frame.status == "done") & (frame.faults != BEFORE_ANY)]
+    numbers = [{"checkpoint": checkpoint, "settings": settings, "first": int(first.seed), "second": int(second.seed),
+                "runs": f"{first.run} {second.run}", **shared}
+               for (settings, checkpoint), part in done.groupby(["faults", "attack"], sort=False)
+               for first, second in combinations(part.itertuples(), 2)
+               if (shared := _shared(*(results.finished(one.run) for one in (first, second))))]
+    data = pd.DataFrame(numbers)
+    shown = []
+    for settings, of_settings in data.groupby("settings", sort=False) if numbers else ():
+        parts = [*of_settings.groupby("checkpoint", sort=False)]
+        for checkpoint, part in [*parts, *([(ALL, of_settings)] if len(parts) == frame.attack.nunique() > 1 else [])]:
+            groups = [one for _, one in part.groupby("checkpoint", sort=False)]
+            cells = {}
+            for title, key, digits in (("Chosen again (%)", "same", 1), ("Expected at random (%)", "chance", 1),
+                                       ("Rank correlation", "correlation", 2)):
+                mean = over_groups([one[key].to_list() for one in groups])
+                between = bounds(mean.low, mean.high, digits) if checkpoint == ALL and key != "chance" else ""
+                cells[title] = Value(MISSING if math.isnan(mean.mean) else f"{mean.mean:.{digits}f}{between}",
+                                     runs=tuple(dict.fromkeys(" ".join(part.runs).split())))
+            shown.append({"Settings": settings, "Checkpoint": checkpoint,
+                          "Maps pruned": Value(f"{part.pruned.mean():.0f}"), **cells,
+                          "Pairs of seeds": Value(str(len(part)))})
+    return table("again-published", "FMP: are the same maps chosen again?",
+                 f"BadNets, on {CHECKPOINTS}: one network, two seeds, which draw clean subset and noise. "
+                 "Chosen again: the share of the pruned maps that are pruned at the other seed, too. Rank correlation: "
+                 "Spearman's, of the scores of all maps of a convolution, mean over convolutions. Means over pairs of "
+                 "seeds; over all, over the checkpoints' means, with Student's 95 % interval.",
+                 pd.DataFrame(shown), data, done)
+
+
+def _shared(first: Run, second: Run) -> dict[str, float]:
+    """How much two runs on the same weights agree on what to prune, in percent, and on the order of the maps; empty
+    unless both ranked them."""
+    kept = [run.tensors("defense") if (run.path / "defense.safetensors").exists() else {} for run in (first, second)]
+    if not all("scores" in tensors for tensors in kept):
+        return {}
+    layer, pruned = kept[0]["layer"].numpy(), [tensors["pruned"].numpy() for tensors in kept]
+    scores = [tensors["scores"].numpy() for tensors in kept]
+    total, parts = int(pruned[0].sum()), [layer == one for one in np.unique(layer)]
+    # Of a convolution whose maps all score the same there is no order.
+    ranked = [part for part in parts if all(np.ptp(values[part]) for values in scores)]
+    return {"pruned": total, "same": 100 * int((pruned[0] & pruned[1]).sum()) / total,
+            "chance": 100 * sum(int(pruned[0][part].sum()) ** 2 / int(part.sum()) for part in parts) / total,
+            "correlation": float(np.mean([spearmanr(*(values[part] for values in scores)).statistic
+                                          for part in ranked])) if ranked else math.nan}
 
 
 def carriers(results: Results, item: str) -> Table:

@@ -56,13 +56,14 @@ TABLES = {*(f"{item}{measure}" for item in ("main", "main-released", "five-perce
           "poison-rate", "faults", "cost"}
 
 
-def pruned(last: bool) -> dict[str, torch.Tensor]:
+def pruned(last: bool, scored: bool) -> dict[str, torch.Tensor]:
     """What a run that prunes one map of each convolution keeps: the one moved most, or the one moved least."""
     mask = torch.zeros(sum(SIZES[1:]), dtype=torch.bool)
     mask[[7, 23] if last else [0, 8]] = True
     found = {"layer": torch.tensor([0] * SIZES[1] + [1] * SIZES[2]), "pruned": mask}
-    # By score the first convolution's lowest stands alone, the second's are all the same.
-    return {**found, "scores": torch.cat([torch.arange(8.0).flip(0), torch.full((16,), 50.0)])} if last else found
+    # By score the first convolution's pruned map stands alone, the second's are all the same.
+    order = torch.arange(8.0).flip(0) if last else torch.arange(8.0)
+    return {**found, "scores": torch.cat([order, torch.full((16,), 50.0)])} if scored else found
 
 
 def made(root: Path, found: list[Entry], finds: bool = True) -> Results:
@@ -77,7 +78,7 @@ def made(root: Path, found: list[Entry], finds: bool = True) -> Results:
         asr += 10 * ("+" in entry.labels.get("faults", ""))
         own = defense in (METHOD, RANDOM) and not isinstance(entry.task, Victim)
         write_run(store, entry.task, acc, asr, number, info={"layers": list(NAMES[1:])} if own else {},
-                  tensors={"defense": pruned(last=finds and defense == METHOD)} if own else {},
+                  tensors={"defense": pruned(finds and defense == METHOD, defense == METHOD)} if own else {},
                   shown={"map_change": CHANGE, "map_layer": LAYER, "map_layers": np.array(NAMES)}
                   if isinstance(entry.task, Victim) else None)
     return Results(store, found)
@@ -222,6 +223,16 @@ def test_faults_on_published_checkpoints(tmp_path: Path) -> None:
     figure = next(figure for figure in figures.figures(results) if figure.name == f"{PAPER}-published-faults")
     assert set(figure.data.attack) == {"NAD's", "ARGD's", "MCLDef's"}
     assert "Several attacks" not in figure.caption
+
+
+@pytest.mark.parametrize(("same", "correlation"), [(100.0, 1.0), (0.0, -1.0)])
+def test_maps_chosen_again(tmp_path: Path, same: float, correlation: float) -> None:
+    found = entries(replace(PROFILES["cpu"], seeds=(0, 1)), [PAPER], ["published-faults"])
+    made(tmp_path, [entry for entry in found if entry.task.seed == 0])
+    results = Results(made(tmp_path, found, finds=same == 100).store, found)
+    data = next(table for table in tables.tables(results) if table.name == f"{PAPER}-again-published").data
+    assert set(data.same) == {same} and set(data.correlation.round(9)) == {correlation}
+    assert set(data.chance) == {100 * (1 / 8 + 1 / 16) / 2} and BEFORE_ANY not in set(data.settings)
 
 
 def test_what_has_not_run_everywhere_is_no_row_of_all_and_keeps_its_place(tmp_path: Path) -> None:
