@@ -39,8 +39,8 @@ def tables(results: Results, smoke: bool = False) -> list[Table]:
     for measure in GRIDS:
         built += if_present(results, PAPER, "main", lambda m=measure: defense_grid(
             results, with_never_poisoned(results, main_rows(results), PAPER, UNPOISONED), m, name=m,
-            title="Every defense on every attack", caption="The same victims, clean subset and seeds for all. FMP scores "
-            f"its maps on {FMP.config.images} of the clean images, where the method has all of them do it."))
+            title="Every defense on every attack", caption="The same victims, clean subset and seeds for all. FMP "
+            f"scores its maps on {FMP.config.images} of the clean images, where the method has all of them do it."))
     built += if_present(results, PAPER, "main", lambda: ranks(results))
     built += if_present(results, PAPER, "main", lambda: cost(results))
     built += if_present(results, PAPER, NO_BACKDOOR, lambda: no_backdoor(results))
