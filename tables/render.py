@@ -82,6 +82,12 @@ def title(table: Table, profile: Profile) -> str:
     return f"{table.title} ({SMOKE})" if profile.smoke and table.runs else table.title
 
 
+def _sentence(table: Table, profile: Profile) -> str:
+    """The title before a caption; one that asks something has its own mark."""
+    shown = title(table, profile)
+    return shown if shown.endswith("?") else f"{shown}."
+
+
 def provenance(table: Table, profile: Profile) -> str:
     """One line: profile with its scale, data sets and models of the runs (the profile's where they name none), seeds,
     number of runs, and processors, for between two of them rounding differs."""
@@ -139,7 +145,7 @@ def latex(table: Table, profile: Profile) -> str:
     columns = _columns(table)
     spans = _spans(table)
     lines = [rf"% {provenance(table, profile)}".replace("\n", " "), r"\begin{table*}", r"\centering",
-             rf"\caption{{{tex(title(table, profile))}. {tex(_caption(table))} {tex(provenance(table, profile))}}}",
+             rf"\caption{{{tex(_sentence(table, profile))} {tex(_caption(table))} {tex(provenance(table, profile))}}}",
              rf"\label{{tab:{table.name}}}", r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
              rf"\begin{{tabular}}{{{'l' * _label_columns(table)}{'r' * (len(columns) - _label_columns(table))}}}",
              r"\toprule"]
@@ -181,7 +187,7 @@ def html(table: Table, profile: Profile, legend: bool = True) -> str:
         body.append("".join(cells))
     rows = "\n".join(f"<tr>{row}</tr>" for row in body)
     caption = escape(_caption(table) if legend else table.caption)
-    return (f'<figure class="table" id="table-{table.name}">\n<figcaption><b>{escape(title(table, profile))}.</b> '
+    return (f'<figure class="table" id="table-{table.name}">\n<figcaption><b>{escape(_sentence(table, profile))}</b> '
             f'{caption}</figcaption>\n<div class="scroll" tabindex="0"><table>\n'
             f'<thead>{"".join(f"<tr>{row}</tr>" for row in head)}</thead>\n<tbody>\n{rows}\n</tbody></table></div>\n'
             f'<p class="provenance">{escape(provenance(table, profile))}</p>\n</figure>\n')

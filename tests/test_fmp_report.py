@@ -95,6 +95,7 @@ def test_every_item_has_its_table(results: Results) -> None:
     for table in built:
         for text in (render.markdown(table, QUICK), render.html(table, QUICK)):
             assert not re.search(r"\bnan\b", text, re.IGNORECASE)
+        assert "?." not in render.html(table, PROFILES["cpu"])
     assert tables.tables(Results(Store(Path("nowhere")), [])) == []
     unsaid = {table.name for table in built if CLEAN not in table.caption}
     assert unsaid == {table.name for table in built if re.search("five-percent|clean-fraction", table.name)}
