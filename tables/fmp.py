@@ -172,16 +172,15 @@ def again(results: Results) -> Table:
 def _shared(first: Run, second: Run) -> dict[str, float]:
     """How much two runs on the same weights agree on what to prune, in percent, and on the order of the maps; empty
     unless both ranked them."""
-    kept = [run.tensors("defense") if (run.path / "defense.safetensors").exists() else {} for run in (first, second)]
+    kept = [_kept(first), _kept(second)]
     if not all("scores" in tensors for tensors in kept):
         return {}
-    layer, pruned = kept[0]["layer"].numpy(), [tensors["pruned"].numpy() for tensors in kept]
-    scores = [tensors["scores"].numpy() for tensors in kept]
-    total, parts = int(pruned[0].sum()), [layer == one for one in np.unique(layer)]
+    layer, pruned, total = kept[0]["layer"], kept[0]["pruned"], int(kept[0]["pruned"].sum())
+    scores = [tensors["scores"] for tensors in kept]
     # Of a convolution whose maps all score the same there is no order.
-    ranked = [part for part in parts if all(np.ptp(values[part]) for values in scores)]
-    return {"pruned": total, "same": 100 * int((pruned[0] & pruned[1]).sum()) / total,
-            "chance": 100 * sum(int(pruned[0][part].sum()) ** 2 / int(part.sum()) for part in parts) / total,
+    ranked = [part for part in _convolutions(layer) if all(np.ptp(values[part]) for values in scores)]
+    return {"pruned": total, "same": 100 * int((pruned & kept[1]["pruned"]).sum()) / total,
+            "chance": _chance(layer, pruned),
             "correlation": float(np.mean([spearmanr(*(values[part] for values in scores)).statistic
                                           for part in ranked])) if ranked else math.nan}
 
@@ -221,29 +220,43 @@ def pruned_maps(victim: Run, run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """(change by the trigger, number of the convolution, pruned or not) of every map that could be pruned; None for a
     run that pruned none, or a victim trained before changes were recorded."""
     samples = victim.arrays("samples")
-    if "map_change" not in samples or not (run.path / "defense.safetensors").exists():
-        return None
-    tensors = run.tensors("defense")
-    if "pruned" not in tensors or not tensors["pruned"].any():
+    tensors = _kept(run)
+    if "map_change" not in samples or "pruned" not in tensors or not tensors["pruned"].any():
         return None
     names, layer = samples["map_layers"].tolist(), samples["map_layer"]
     wanted = [names.index(name) for name in run.json("metrics")["info"]["layers"]]
     change = np.concatenate([samples["map_change"][layer == one] for one in wanted])
-    return change, np.array(wanted)[tensors["layer"].numpy()], tensors["pruned"].numpy()
+    return change, np.array(wanted)[tensors["layer"]], tensors["pruned"]
+
+
+def _kept(run: Run) -> dict[str, np.ndarray]:
+    """What a run of FMP keeps of each map; nothing of other runs."""
+    kept = run.tensors("defense") if (run.path / "defense.safetensors").exists() else {}
+    return {name: tensor.numpy() for name, tensor in kept.items()}
+
+
+def _convolutions(layer: np.ndarray) -> list[np.ndarray]:
+    """Which maps are a convolution's, for each of them."""
+    return [layer == one for one in np.unique(layer)]
+
+
+def _chance(layer: np.ndarray, pruned: np.ndarray) -> float:
+    """The share, in percent, of the pruned maps that as many drawn at random of each convolution have on average."""
+    shared = sum(int(pruned[part].sum()) ** 2 / int(part.sum()) for part in _convolutions(layer))
+    return 100 * shared / int(pruned.sum())
 
 
 def _ties(run: Run) -> float:
     """Of the pruned maps the share, in percent, whose score one of their convolution that was spared has too; NaN where
     nothing was scored. Where scores are rotated each convolution's are used by one of as many maps, so the share
     is that of the scores as they were used."""
-    tensors = {name: tensor.numpy() for name, tensor in run.tensors("defense").items()}
+    tensors = _kept(run)
     if "scores" not in tensors:
         return math.nan
     tied = 0
-    for one in np.unique(tensors["layer"]):
-        here = tensors["layer"] == one
-        count = int(tensors["pruned"][here].sum())
-        scores = np.sort(tensors["scores"][here])
+    for part in _convolutions(tensors["layer"]):
+        count = int(tensors["pruned"][part].sum())
+        scores = np.sort(tensors["scores"][part])
         if 0 < count < len(scores) and scores[count - 1] == scores[count]:
             tied += int((scores[:count] == scores[count]).sum())
     return 100 * tied / int(tensors["pruned"].sum())
@@ -251,13 +264,10 @@ def _ties(run: Run) -> float:
 
 def _overlap(change: np.ndarray, layer: np.ndarray, pruned: np.ndarray) -> dict[str, float]:
     """Shares in percent; chance: the mean of a random choice of as many maps per layer."""
-    hits = chance = 0.0
-    for one in np.unique(layer):
-        here = layer == one
-        count = int(pruned[here].sum())
-        top = np.argsort(-change[here], kind="stable")[:count]
-        hits += pruned[here][top].sum()
-        chance += count * count / here.sum()
+    hits = 0
+    for part in _convolutions(layer):
+        top = np.argsort(-change[part], kind="stable")[:int(pruned[part].sum())]
+        hits += int(pruned[part][top].sum())
     total = int(pruned.sum())
-    return {"pruned": total, "hits": 100 * hits / total, "chance": 100 * chance / total,
+    return {"pruned": total, "hits": 100 * hits / total, "chance": _chance(layer, pruned),
             "change_pruned": float(change[pruned].mean()), "change_all": float(change.mean())}

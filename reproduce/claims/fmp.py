@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import pandas as pd
+
 from reproduce.claims.criteria import (
     FEWEST,
     NO_ROWS,
@@ -47,6 +49,7 @@ def claims(results: Results) -> list[Claim]:
 
 def _main(results: Results) -> list[Claim]:
     read = published_values(PAPER)["claims"]
+    counted = carriers(results, "main").data
     found = []
     for variant in VARIANTS:
         table = defenses(results, STUDY, variant)
@@ -63,7 +66,7 @@ def _main(results: Results) -> list[Claim]:
                 f"than {FEWEST} runs, or an attack without any, decide nothing.",
                 [_average(table, measure, wanted)], runs))
         found += _range(results, table, variant, read, ending)
-        found.append(_maps(results, variant, read["maps"], ending))
+        found.append(_maps(counted, variant, read["maps"], ending))
     table = defenses(results, STUDY, "described")
     family = [compared(table, name, METHOD, control) for name, control in CONTROLS]
     return found + controls(PAPER, DESCRIBED, family, STATEMENTS, THREE)
@@ -115,19 +118,18 @@ def _average(table: dict, measure: str, wanted: float) -> Check:
                  interval.high, len(done))
 
 
-def _maps(results: Results, variant: str, read: dict, ending: str) -> Claim:
-    """The share of the backdoor's maps that are pruned, where the abstracts with that number have it."""
-    data = carriers(results, "main").data
+def _maps(counted: pd.DataFrame, variant: str, read: dict, ending: str) -> Claim:
+    """The share of the backdoor's maps that are pruned, where the abstracts with that number have it. counted: of every
+    run that pruned any."""
+    data = counted[(counted.attack == "BadNets") & (counted.defense == METHOD) & (counted.settings == variant)] \
+        if len(counted) else NO_ROWS
+    check = Check("maps", NOT_RUN, "not run")
     if len(data):
-        data = data[(data.attack == "BadNets") & (data.defense == METHOD) & (data.settings == variant)]
-    if len(data):
-        share = possible(over_groups([data.hits.to_list()]), "asr")
+        share = possible(over_groups([data.hits.to_list()]), "asr")     # a share of a whole, as ASR is
         check = Check("maps", _met(above, share, read["value"]) if len(data) >= FEWEST else UNDECIDED,
                       f"{share.mean:.1f}{bounds(share.low, share.high, 1)} % of the maps that the trigger moves most; "
                       f"at random {data.chance.mean():.1f} (runs: {len(data)})",
                       share.mean, share.low, share.high, len(data))
-    else:
-        check = Check("maps", NOT_RUN, "not run")
     return claim(
         PAPER, f"maps{ending}",
         f"FMP (as {variant}) removes {read['value']} % of the backdoor's feature maps on CIFAR-10, BadNets.",
@@ -136,7 +138,7 @@ def _maps(results: Results, variant: str, read: dict, ending: str) -> Claim:
         f"that the trigger moves most as are pruned there. The 95 % interval over seeds wholly below {read['value']}: "
         "not supported, with this count. Wholly above it, or containing it and no wider than "
         f"{WIDE:.0f} points: supported. Fewer than {FEWEST} runs decide nothing. Written after the runs under "
-        "reference/.", [check], tuple(data.run) if len(data) else ())
+        "reference/.", [check], tuple(data.run))
 
 
 def _met(compared_with: Callable[[Interval, float], str], interval: Interval, wanted: float) -> str:
