@@ -257,8 +257,7 @@ def _ties(run: Run) -> float:
     for part in _convolutions(tensors["layer"]):
         count = int(tensors["pruned"][part].sum())
         scores = np.sort(tensors["scores"][part])
-        if 0 < count < len(scores) and scores[count - 1] == scores[count]:
-            tied += int((scores[:count] == scores[count]).sum())
+        tied += int((scores[:count] == scores[count]).sum()) if count < len(scores) else 0
     return 100 * tied / int(tensors["pruned"].sum())
 
 

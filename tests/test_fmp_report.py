@@ -168,6 +168,17 @@ def test_carriers_are_the_maps_that_the_trigger_moves_most(results: Results) -> 
     assert data.change_all.iloc[0] == pytest.approx(np.concatenate([np.arange(8), np.arange(16)]).mean())
 
 
+@pytest.mark.parametrize(("scores", "share"), [((1, 2, 2, 3), 50), ((2, 2, 2, 3), 100), ((1, 2, 3, 3), 0),
+                                               ((1, 1, 3, 3), 0)])
+def test_ties_decide_where_a_spared_map_scores_like_a_pruned_one(scores: tuple[int, ...], share: float,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two of four maps are pruned, and of a second convolution, all of whose maps score like the first's, none.
+    kept = {"layer": np.repeat([0, 1], 4), "scores": np.array([*scores, *scores]),
+            "pruned": np.array([True, True, *[False] * 6])}
+    monkeypatch.setattr(tables, "_kept", lambda run: kept)
+    assert tables._ties(None) == share
+
+
 def test_worth_of_a_fault_is_the_difference_it_makes(results: Results) -> None:
     table = next(table for table in tables.tables(results) if table.name == f"{PAPER}-worth")
     data = table.data
