@@ -40,7 +40,7 @@ def claims(results: Results) -> list[Claim]:
 
 def _on_authors_victim(results: Results) -> list[Claim]:
     return on_authors_victim(results, STUDY, "released", [("NAD", CONTROL), ("NAD", "FT")],
-                             "Written when three of the seven seeds under reference/ were known.")
+                             "Written when three of the eight seeds under reference/ were known.")
 
 
 def _main(results: Results) -> list[Claim]:
