@@ -13,6 +13,12 @@ these are: training, curve and pruning are those of `defenses.anp` without its p
 Constants: bboylyg/RNP@eeae192, main.py. Batch statistics in both trainings (:28, :50) are the official code's.
 Its clipping of gradients has no effect, since it comes before there are any (:41-42).
 
+How many images. Both trainings see 500 images, the official default (--ratio 0.01 of 50,000; the README says so) and
+BackdoorBench's (config.yaml: ratio 0.01, where its other defenses have more): unlearning is to stop some ten epochs of
+four steps after the start, as soon as accuracy has fallen, and is looked at once an epoch. With all of a larger clean
+subset one epoch is enough to unlearn far too much; a PreAct-ResNet18 does not even survive it. What a defender has
+beyond these images holds out.
+
 Which threshold. The official script prints test accuracy and ASR at each threshold of a grid and chooses none
 (:155-174). BackdoorBench@f02e353 (defense/rnp.py) takes the lowest test ASR among those that change test accuracy by
 less than a relative 10 % (:860-863), and prunes again at a fixed 0.7 (:571, :989). Ours by default holds clean images
@@ -26,14 +32,14 @@ readable to us.
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses import anp
 from reproduce.data.augment import Augment
-from reproduce.defending import Clean, Defended
+from reproduce.defending import Clean, Defended, split_validation
 from reproduce.errors import UserError
 from reproduce.training import Loss, LossFunction, Observer, Recipe, silent, train
 
@@ -55,6 +61,7 @@ RECOVERING = Recipe(
 class Config:
     """threshold: a fixed one, or None to choose it on held-out clean images."""
 
+    subset: int = 500               # images that both trainings see, at most; --ratio, :332, and README
     forgotten: float = 20.0         # percent of training accuracy that ends the unlearning; :343, :222
     alpha: float = 0.2              # :342
     threshold: float | None = None
@@ -62,14 +69,14 @@ class Config:
     spacing: float = 0.05           # of the grid; :351
     tolerance: float = 4.0          # ours, as FP's: percentage points of held-out accuracy
     relative: bool = False          # or percent of the victim's
-    validation: float = 0.2         # ours, as FP's: share of the clean images held out
-    unlearning: Recipe = UNLEARNING
-    recovering: Recipe = RECOVERING
+    validation: float = 0.2         # ours, as FP's: share of the clean images held out, at least
+    unlearning: Recipe = field(default=UNLEARNING, metadata={"short": UNLEARNING.epochs})    # of few images: never cut
+    recovering: Recipe = field(default=RECOVERING, metadata={"short": RECOVERING.epochs})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.forgotten <= 100 or self.alpha <= 0:
-            raise UserError("RNP needs an accuracy to unlearn down to in percent and a positive alpha, not "
-                            f"forgotten={self.forgotten}, alpha={self.alpha}")
+        if self.subset < 1 or not 0 <= self.forgotten <= 100 or self.alpha <= 0:
+            raise UserError("RNP needs images, an accuracy to unlearn down to in percent and a positive alpha, not "
+                            f"subset={self.subset}, forgotten={self.forgotten}, alpha={self.alpha}")
         anp.check_choice("RNP", self)
 
 
@@ -90,11 +97,19 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
 
     info and tensors: those of `anp.prune`, and the training accuracy (percent) of each epoch of unlearning.
     """
-    part, held_out = anp.split(clean, config, seed)
+    part, held_out = split(clean, config, seed)
     unlearnt, accuracies = unlearn(model, part, config, seed, observe)
     defended = anp.prune(model, recover(unlearnt, part, config, seed, observe), held_out, config)
     defended.info["unlearning_acc"] = accuracies
     return defended
+
+
+def split(clean: Clean, config: Config, seed: int) -> tuple[Clean, Clean | None]:
+    """What both trainings see, at most `subset`, and the rest, which the threshold is chosen on unless it is fixed."""
+    spare = 1 - config.subset / len(clean.images)
+    if config.threshold is None:
+        return split_validation(clean, max(config.validation, spare), seed)
+    return (split_validation(clean, spare, seed)[0] if spare > 0 else clean), None
 
 
 def unlearn(model: nn.Module, clean: Clean, config: Config, seed: int,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reproduce.data.texts import Texts
 from reproduce.models.encoder import TextClassifier, Tokens, by_length
 from reproduce.rng import derive, generator
-from reproduce.training import Checkpoint, Observer, flat_state, restore, silent
+from reproduce.training import Checkpoint, Observer, check_finite, flat_state, restore, silent
 
 PART = 8    # sentences of a batch that go through the model together on a CPU
 NARROW = 128    # hidden units: in fewer, padding costs less than more calls
@@ -67,6 +67,7 @@ def fine_tune(model: TextClassifier, train: Texts, validation: Texts, recipe: Te
         history = saved[2]
     for epoch in range(len(history), recipe.epochs):
         row = _epoch(model, tokens, labels, recipe, optimizer, seed, phase, epoch)
+        check_finite(row, phase, epoch + 1)
         model.eval()
         right = model.logits(held).argmax(1) == validation.labels
         row["validation_acc"] = 100 * float(right.float().mean())

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reproduce.data.augment import Augment, apply, draw, take, to_input
+from reproduce.errors import UserError
 from reproduce.rng import derive, generator
 
 
@@ -145,6 +146,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
     optimizers makes what descends. The first one's rate is the recipe's; the others start at the rate they are made
     with and fall when the recipe's falls, by the same factor.
     until, if given, ends the training after the first epoch of whose row it is true.
+    Raises UserError when a loss is no number any more: what such a model predicts is class 0 for every image, which as
+    a target label would look like a backdoor.
     """
     descending = optimizers(model, recipe)
     history: list[dict[str, float]] = []
@@ -159,6 +162,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
         step.set_rate(recipe.rate(epoch))
         with own_dropout(model, images.device, derive(seed, "dropout", phase, epoch)):
             numbers = _epoch(step, recipe, seed, phase, epoch, extra)
+        check_finite(numbers, phase, epoch + 1)
         history.append({"epoch": epoch + 1, "rate": recipe.rate(epoch), **numbers})
         if checkpoint:
             checkpoint.save(epoch + 1, flat_state(model, descending), history)
@@ -166,6 +170,14 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed
         observe(phase, epoch + 1, recipe.epochs, model, history[-1])
     model.eval()
     return history
+
+
+def check_finite(row: dict[str, float], phase: str, epoch: int) -> None:
+    """Raise UserError if a number of an epoch's row is none."""
+    lost = [name for name, value in row.items() if not math.isfinite(value)]
+    if lost:
+        raise UserError(f"training diverged: {lost[0]} is {row[lost[0]]} in epoch {epoch} of {phase!r}; these settings "
+                        "are too strong for this model and data, choose others")
 
 
 @contextmanager
@@ -306,12 +318,17 @@ def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: 
 def predict(model: nn.Module, images: Tensor, batch: int | None = None, precision: str = "fp32") -> Tensor:
     """Predicted labels, int64 (N,) on the CPU, for uint8 images (N, 3, H, W). The model must be in eval mode.
 
-    batch defaults to 256 on a CPU (larger ones thrash the allocator) and 4096 on a GPU.
+    batch defaults to 256 on a CPU (larger ones thrash the allocator) and 4096 on a GPU. Raises UserError for a model
+    whose outputs are not numbers, of which the largest would be the first.
     """
     device: Any = next(model.parameters()).device
     batch = batch or (256 if device.type == "cpu" else 4096)
     parts = []
     for chunk in images.split(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            parts.append(model(to_input(chunk.to(device))).argmax(1).cpu())
+            logits = model(to_input(chunk.to(device)))
+        if logits.isnan().any():
+            raise UserError("the model's outputs are not numbers: its weights are damaged, or what trained or repaired "
+                            "it diverged")
+        parts.append(logits.argmax(1).cpu())
     return torch.cat(parts)

@@ -77,7 +77,7 @@ def test_both_trainings_leave_the_held_out_images_alone(victim, clean, shorten, 
     monkeypatch.setattr(rnp, "train", lambda model, images, *rest, **options: trained.append(images) or train(
         model, images, *rest, **options))
     monkeypatch.setattr(anp, "predict", lambda model, images: predicted.append(images) or predict(model, images))
-    part, held_out = anp.split(clean, rnp.Config(), 5)
+    part, held_out = rnp.split(clean, rnp.Config(), 5)
     result = rnp.defend(victim, clean, shorten(rnp.Config()), 5)
     assert len(trained) == 2 and all(torch.equal(images, part.images) for images in trained)
     assert len(predicted) == 20 and all(torch.equal(images, held_out.images) for images in predicted)
@@ -86,6 +86,23 @@ def test_both_trainings_leave_the_held_out_images_alone(victim, clean, shorten, 
     trained.clear(), predicted.clear()
     rnp.defend(victim, clean, replace(shorten(rnp.Config()), threshold=0.7), 5)
     assert all(torch.equal(images, clean.images) for images in trained) and not predicted
+
+
+def test_both_trainings_see_no_more_images_than_the_official_ones_and_the_rest_holds_out(clean):
+    count = len(clean.images)
+    for config, trained in ((rnp.Config(), count - round(0.2 * count)), (rnp.Config(subset=20), 20),
+                            (rnp.Config(threshold=0.7), count), (rnp.Config(subset=20, threshold=0.7), 20)):
+        part, held_out = rnp.split(clean, config, 5)
+        assert len(part.images) == trained
+        assert held_out is None if config.threshold else len(held_out.images) == count - trained
+    assert rnp.Config().subset == 500
+
+
+def test_masks_that_are_no_numbers_are_not_taken_for_a_model_with_nothing_to_prune(victim, clean, shorten):
+    config = shorten(rnp.Config(), epochs=3)
+    config = replace(config, forgotten=0.0, unlearning=replace(config.unlearning, rates=((0, 1e30),)))
+    with pytest.raises(UserError, match=r"training diverged: loss is -?(nan|inf)"):
+        rnp.defend(victim, clean, config, 5)
 
 
 @pytest.mark.parametrize(("relative", "expected"), [(False, 0.0), (True, None)])
@@ -97,8 +114,8 @@ def test_stops_before_accuracy_first_falls_too_far(relative, expected, victim, c
 
 
 @pytest.mark.parametrize("changes", [
-    {"forgotten": -1.0}, {"forgotten": 101.0}, {"alpha": 0.0}, {"threshold": 1.0}, {"spacing": 0.0}, {"highest": 1.0},
-    {"tolerance": -1.0}, {"validation": 0.0}])
+    {"subset": 0}, {"forgotten": -1.0}, {"forgotten": 101.0}, {"alpha": 0.0}, {"threshold": 1.0}, {"spacing": 0.0},
+    {"highest": 1.0}, {"tolerance": -1.0}, {"validation": 0.0}])
 def test_impossible_settings_are_refused(changes):
     with pytest.raises(UserError, match="RNP"):
         replace(rnp.Config(), **changes)

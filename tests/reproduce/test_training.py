@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from reproduce.data.augment import Augment, to_input
+from reproduce.errors import UserError
 from reproduce.models import build
 from reproduce.protocols import shorten
 from reproduce.rng import generator
@@ -214,6 +215,23 @@ def test_ends_after_the_epoch_it_is_told_to(batch: tuple, tmp_path, monkeypatch)
     assert train(resumed, *batch, RECIPE, 0, phase="v", until=lambda row: row["epoch"] == 2,
                  checkpoint=Progress(tmp_path / "p")) == history
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_training_that_diverges_says_so_and_leaves_no_checkpoint(batch: tuple, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Progress, "interval", 0.0)
+    saved = Progress(tmp_path / "p")
+    with pytest.raises(UserError, match=r"diverged: loss is (nan|inf) in epoch 2 of 'v'"):
+        train(build("wrn-10-1", 10, 0), *batch, replace(RECIPE, rates=((0, 0.01), (1, 1e30))), 0, phase="v",
+              checkpoint=saved)
+    assert saved.load()[0] == 1     # the last epoch that was a training
+
+
+def test_a_model_whose_outputs_are_no_numbers_predicts_nothing(batch: tuple) -> None:
+    model = build("wrn-10-1", 10, 0).eval()
+    with torch.no_grad():
+        model.fc.bias[3] = float("nan")
+    with pytest.raises(UserError, match="outputs are not numbers"):
+        predict(model, batch[0])
 
 
 def test_predictions_do_not_depend_on_the_batch(batch: tuple) -> None:
