@@ -261,3 +261,8 @@ def test_linear_layers_go_where_this_processor_is_fastest(monkeypatch: pytest.Mo
                                                           wanted: type) -> None:
     monkeypatch.setattr(linear, "cpu_name", lambda: processor)
     assert type(fast_linear(torch.nn.Sequential(torch.nn.Linear(4, 3)))[0]) is wanted
+
+
+def test_a_fine_tuning_that_diverges_says_so() -> None:
+    with pytest.raises(UserError, match=r"diverged: loss is (nan|inf) in epoch [12]"):
+        fine_tune(tiny(), few(), few(40), replace(RECIPE, rate=1e30), 0, phase="v")
