@@ -18,7 +18,7 @@ from reproduce.training import Observer
 
 @dataclass(frozen=True)
 class Clean:
-    """The defender's clean data. images: uint8 (N, 3, H, W); labels: int64 (N,).
+    """The defender's clean data, its classes mixed. images: uint8 (N, 3, H, W); labels: int64 (N,).
 
     test: the clean TEST images, uint8, granted only where `requires` names "test-images". No defense may ask for them
     but to reproduce a published script that leaks them into its result (FMP's); they come without labels.

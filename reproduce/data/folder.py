@@ -9,10 +9,13 @@ from PIL import Image
 
 from reproduce.defending import Clean
 from reproduce.errors import UserError
+from reproduce.rng import generator
 
 
 def load_folder(folder: Path, num_classes: int, size: int = 32) -> Clean:
-    """All images below `folder`, RGB, resized to size x size. Raises UserError for a wrong layout or a bad image."""
+    """All images below `folder`, RGB, resized to size x size, the classes mixed: what takes its batches in the order
+    of the clean subset (I-BAU) would otherwise see one class in each. Raises UserError for a wrong layout or a bad
+    image."""
     from torchvision.datasets import ImageFolder  # three seconds to import
 
     class Numbered(ImageFolder):
@@ -40,7 +43,8 @@ def load_folder(folder: Path, num_classes: int, size: int = 32) -> Clean:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"--images: {path} is not a readable image; remove or replace it") from error
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-    return Clean(images, torch.tensor(listing.targets), num_classes)
+    mixed = torch.randperm(len(images), generator=generator(0, "folder"))
+    return Clean(images[mixed], torch.tensor(listing.targets)[mixed], num_classes)
 
 
 def _eight_bits(image: Image.Image, path: str) -> Image.Image:
