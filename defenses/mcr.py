@@ -16,8 +16,10 @@ looks at clean images held out from all training: of the t whose accuracy is wit
 one nearest 1/2, far from both endpoints.
 
 Departures. One t per step, as official, but drawn for the whole training in advance, so that a GPU sees the same ones.
-BatchNorm statistics come from the images without augmentation. NAD's settings for MCR were not readable; the official
-defaults are used, with its augmentation for CIFAR (crop and flip).
+BatchNorm statistics come from the images without augmentation. NAD's settings for MCR were not readable; rates, batch
+and epochs are the official defaults. Its repair (train.py:77, data.py:100-162) shows few images, of the test set,
+without augmentation and so often that an epoch has 10,000 of them, 79 steps; ours shows the defender's once an epoch,
+16 steps of 2,000 images, cropped and flipped as its victims' are (data.py:23-27).
 """
 
 from collections.abc import Iterable

@@ -16,9 +16,10 @@ victim is known to be backdoored, so we then unlearn the label of the smallest m
 and `info` always has the index. Several flagged labels share the stamped images evenly (bench: a copy for each).
 
 ("fmp", "described") is the row of BackdoorBench v1 (huangd1999/BackdoorBench@6135839, the fork of FMP's authors: v1,
-defense/nc/nc.py, yaml: config/defense/nc/cifar10.yaml). It leaves a model without an outlier as it is (v1:596-602), and
-keeps the epoch of best test accuracy (:728), where ours keeps the last. It also inverts on cropped and flipped images
-(:258) and unlearns trigger images whose mask was stretched to [0, 1] on its way through a file (:251, :623), ours not.
+defense/nc/nc.py, yaml: config/defense/nc/cifar10.yaml). It leaves a model without an outlier as it is (v1:596-602). It
+also inverts on cropped and flipped images (:258), of another 5 % of the training set for each class and for the
+unlearning (:262, :612), where ours has one clean subset, and unlearns trigger images whose mask was stretched to [0, 1]
+on its way through a file (:251, :623), ours not.
 
 Departures. A class that is never reached keeps its last mask, as in the authors' code (visualizer.py:455-461); v1 keeps
 that of its first epoch (:411-414). Adam works on each value by itself and the model is in eval mode, so all classes are

@@ -24,7 +24,8 @@ Which threshold. The official script prints test accuracy and ASR at each thresh
 less than a relative 10 % (:860-863), and prunes again at a fixed 0.7 (:571, :989). Ours by default holds clean images
 out of both trainings and, going up the official grid, stops before held-out accuracy first falls by more than
 `tolerance` points: the rule of FP and ANP. ("rnp", "bench") has BackdoorBench's tolerance, on held-out images, and else
-the values above (its batches are of 256, config.yaml:14). A fixed threshold needs none.
+the values above (its batches are of 256, config.yaml:14, and its unlearning ends an epoch earlier, :914). A fixed
+threshold needs none.
 
 Departures. Where accuracy never falls to `forgotten`, the official script fails for want of a file; ours goes on with
 what the last epoch left. Images are in [0, 1]; normalisation is a matter of the model. The paper's text was not

@@ -121,7 +121,7 @@ def entries(profile: Profile) -> list[Entry]:
         found += _poison_rates(profile, seed)
         for dataset in profile.elsewhere:
             found += _main(replace(profile, dataset=dataset), dataset, seed)
-        if profile.name == "paper":     # with CIFAR-10's settings: the benches have others (200 epochs, FT-SAM's rho 8)
+        if profile.name == "paper":     # with CIFAR-10's settings: the benches have others (200 epochs)
             found += [replace(entry, on_request=True) for entry in _main(
                 replace(profile, dataset="tiny-imagenet"), "tiny-imagenet", seed)]
     return found
