@@ -71,7 +71,7 @@ class Config:
     tolerance: float = 4.0          # ours, as FP's: percentage points of held-out accuracy
     relative: bool = False          # or percent of the victim's
     validation: float = 0.2         # ours, as FP's: share of the clean images held out, at least
-    unlearning: Recipe = field(default=UNLEARNING, metadata={"short": UNLEARNING.epochs})    # of few images: never cut
+    unlearning: Recipe = field(default=UNLEARNING, metadata={"short": UNLEARNING.epochs})    # short at 500 images
     recovering: Recipe = field(default=RECOVERING, metadata={"short": RECOVERING.epochs})
 
     def __post_init__(self) -> None:
@@ -90,6 +90,12 @@ SETTINGS = {
 def requires(config: Config) -> frozenset[str]:
     """Nothing but the clean images."""
     return frozenset()
+
+
+def work(config: Config, images: int, classes: int) -> float:
+    """Less than its recipes come to: they are of the subset."""
+    epochs = config.unlearning.epochs + config.recovering.epochs
+    return epochs * (min(config.subset, images) - images)
 
 
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,

@@ -217,13 +217,13 @@ def test_ends_after_the_epoch_it_is_told_to(batch: tuple, tmp_path, monkeypatch)
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_a_training_that_diverges_says_so_and_leaves_no_checkpoint(batch: tuple, tmp_path, monkeypatch) -> None:
+def test_a_training_that_diverges_says_so_and_keeps_its_last_sound_epoch(batch: tuple, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Progress, "interval", 0.0)
     saved = Progress(tmp_path / "p")
     with pytest.raises(UserError, match=r"diverged: loss is (nan|inf) in epoch 2 of 'v'"):
         train(build("wrn-10-1", 10, 0), *batch, replace(RECIPE, rates=((0, 0.01), (1, 1e30))), 0, phase="v",
               checkpoint=saved)
-    assert saved.load()[0] == 1     # the last epoch that was a training
+    assert saved.load()[0] == 1
 
 
 def test_a_model_whose_outputs_are_no_numbers_predicts_nothing(batch: tuple) -> None:
