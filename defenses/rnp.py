@@ -92,12 +92,6 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset()
 
 
-def work(config: Config, images: int, classes: int) -> float:
-    """Less than its recipes come to: they are of the subset."""
-    epochs = config.unlearning.epochs + config.recovering.epochs
-    return epochs * (min(config.subset, images) - images)
-
-
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
            clean_model: nn.Module | None = None) -> Defended:
     """A copy of `model` without the channels whose mask ends at or below the threshold.

@@ -99,10 +99,9 @@ def test_both_trainings_see_no_more_images_than_the_official_ones_and_the_rest_h
     assert rnp.Config().subset == 500
 
 
-def test_a_scale_that_cuts_recipes_leaves_those_of_500_images_whole_and_counts_no_more():
+def test_a_scale_that_cuts_recipes_leaves_those_of_500_images_whole():
     config = PROFILES["cpu"].defense(rnp.Config())
     assert config == rnp.Config() != PROFILES["quick"].defense(rnp.Config())
-    assert [41 * images + rnp.work(config, images, 10) for images in (100, 500, 4000)] == [4100, 20500, 20500]
 
 
 def test_masks_that_are_no_numbers_are_not_taken_for_a_model_with_nothing_to_prune(victim, clean, shorten):
