@@ -9,6 +9,9 @@ A defense module defines
                        leak, and ANP's threshold chosen by test ASR, a row called oracle. They are for nothing else
     builds_on(config)  optional: (defense, settings) whose run, on the same victim and clean data, these start from, so
                        that one search serves all that use it; or None
+    trained(config, images)
+                       optional: how many images go through the epochs of its recipes, given how many clean ones there
+                       are, where these do not see each of them once an epoch; for estimates of time only
     work(config, images, classes)
                        optional: how many images go forwards and backwards beside the epochs of its recipes, given how
                        many clean images and classes there are; for estimates of time only

@@ -17,14 +17,14 @@ one nearest 1/2, far from both endpoints.
 
 Departures. One t per step, as official, but drawn for the whole training in advance, so that a GPU sees the same ones.
 BatchNorm statistics come from the images without augmentation. NAD's settings for MCR were not readable; rates, batch
-and epochs are the official defaults. Its repair (train.py:77, data.py:100-162) shows few images, of the test set,
-without augmentation and so often that an epoch has 10,000 of them, 79 steps; ours shows the defender's once an epoch,
-16 steps of 2,000 images, cropped and flipped as its victims' are (data.py:23-27).
+and epochs are the official defaults, and in ("nad", ...) the images come cropped and flipped as its victims' do
+(data.py:23-27), each once an epoch: 16 steps of 2,000 images. Its repair (train.py:77, data.py:100-162) shows its
+images without augmentation and over and over, until an epoch has 10,000 of them, 79 steps: ("mcr", "released").
 """
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil, comb
 from typing import Literal
 
@@ -66,16 +66,29 @@ class Config:
     grid: int = 11                                          # values of t; eval_curve.py:17
     tolerance: float = 4.0                                  # ours: percentage points
     validation: float = 0.2                                 # ours: share of the clean images
+    # As many images an epoch, the clean ones over and over, if there are fewer; data.py:134-150
+    epoch_images: int = field(default=0, metadata={"smoke": 200, "since": "MCR's own training"})
     endpoint_recipe: Recipe = ft.RELEASED                   # ours
     recipe: Recipe = RELEASED
 
 
-SETTINGS = {("nad", "described"): Config(endpoint_recipe=ft.DESCRIBED), ("nad", "released"): Config()}
+SETTINGS = {
+    ("nad", "described"): Config(endpoint_recipe=ft.DESCRIBED),
+    ("nad", "released"): Config(),
+    ("mcr", "released"): Config(endpoint_recipe=ft.DESCRIBED, epoch_images=10_000,
+                                recipe=replace(RELEASED, augment=Augment())),
+}
 
 
 def requires(config: Config) -> frozenset[str]:
     """Nothing but the clean images."""
     return frozenset()
+
+
+def trained(config: Config, images: int) -> int:
+    """How many images go through its two trainings."""
+    part = images if config.t is not None else images - round(config.validation * images)
+    return config.endpoint_recipe.epochs * part + config.recipe.epochs * max(part, config.epoch_images)
 
 
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
@@ -86,8 +99,10 @@ def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: O
     """
     part, held_out = (clean, None) if config.t is not None else split_validation(clean, config.validation, seed)
     endpoint = ft.fine_tune(model, part, config.endpoint_recipe, seed, phase="endpoint", observe=observe)
-    curve = Curve(model, endpoint, config, len(part.images), seed)
-    train(curve, part.images, part.labels, config.recipe, seed, phase="curve", loss=curve_loss, observe=observe)
+    shown = torch.arange(max(len(part.images), config.epoch_images), device=part.images.device) % len(part.images)
+    curve = Curve(model, endpoint, config, len(shown), seed)
+    train(curve, part.images[shown], part.labels[shown], config.recipe, seed, phase="curve", loss=curve_loss,
+          observe=observe)
     if held_out is None:
         return Defended(curve.model_at(config.t, part.images), {"t": config.t})
     accuracies = {}

@@ -92,6 +92,12 @@ def requires(config: Config) -> frozenset[str]:
     return frozenset()
 
 
+def trained(config: Config, images: int) -> int:
+    """How many images go through its two trainings, if the first one is not ended early."""
+    part = images if config.threshold is not None else images - round(config.validation * images)
+    return (config.unlearning.epochs + config.recovering.epochs) * min(part, config.subset)
+
+
 def defend(model: nn.Module, clean: Clean, config: Config, seed: int, observe: Observer = silent,
            clean_model: nn.Module | None = None) -> Defended:
     """A copy of `model` without the channels whose mask ends at or below the threshold.

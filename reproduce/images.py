@@ -48,8 +48,10 @@ class ImageBench:
         if isinstance(task, Cell):
             epochs = sum(recipe.epochs for recipe in recipes(task.config))
             clean = round(task.clean_fraction * total)
-            work = getattr(defense_module(task.defense), "work", lambda config, images, classes: 0)
-            trained = epochs * clean + work(task.config, clean, data.NUM_CLASSES[task.victim.dataset])
+            module = defense_module(task.defense)
+            own = getattr(module, "trained", lambda config, images: epochs * images)
+            work = getattr(module, "work", lambda config, images, classes: 0)
+            trained = own(task.config, clean) + work(task.config, clean, data.NUM_CLASSES[task.victim.dataset])
             return each * ((BACKWARD_COST + 1) * trained + test * (1 + epochs * task.curve))
         if not task.victim.poisoned:
             return each * test

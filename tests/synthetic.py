@@ -153,6 +153,8 @@ def _others(add, seed: int) -> None:
                    for epoch in range(6)]
         add("curves", {"defense": defense}, seed, acc, asr,
             [student[0], *(teacher if defense == "NAD" else []), *student[1:]])
+    for defense, asr in (("FT", 10), ("MCR", 60), ("MCR, trained as in its own code", 50)):
+        add("mcr", {"attack": "BadNets", "defense": defense, "variant": "described"}, seed, 82, asr)
     for victim in ("as released (no augmentation)", "standard augmentation"):
         for defense, variant in [ROWS[0], *ROWS[6:]]:
             acc, asr = LEVELS[defense]

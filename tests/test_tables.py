@@ -137,7 +137,7 @@ def test_every_item_has_its_table(tables: dict[str, render.Table]) -> None:
         "main-averages", "main-significance", "main-significance-2", "main-by-attack", "main-by-attack-2",
         "main-released-complete", "main-released-averages", "main-released-significance",
         "main-released-significance-2", "main-released-by-attack", "main-released-by-attack-2", "clean-fraction",
-        "attention", "distillation", "teacher", "beta", "variants", "augmentation", "epochs", "cost")}
+        "attention", "distillation", "teacher", "beta", "variants", "augmentation", "mcr", "epochs", "cost")}
 
 
 def test_estimate_of_one_seed_is_wilsons(two: Results) -> None:

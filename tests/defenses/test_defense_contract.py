@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from reproduce.defending import Defended, defense_module
+from defenses import ft
+from reproduce import training
+from reproduce.defending import Clean, Defended, defense_module
 from reproduce.models import build
 from reproduce.plugins import names
 
@@ -92,3 +94,27 @@ def test_work_beside_recipes_grows_with_the_classes_it_inverts(name, paper, vari
     assert ten == 0 or not shared
     inverts_all = name == "nc" and config.target is None    # MCLDef takes it from a run of NC
     assert (forty > ten) == inverts_all
+
+
+@pytest.mark.parametrize(("name", "paper", "variant"), [
+    case for case in CASES if hasattr(defense_module(case[0]), "trained")])
+@pytest.mark.parametrize("count", [100, 61])
+def test_its_recipes_see_as_many_images_as_it_says(name, paper, variant, count, victim, clean, shorten, monkeypatch):
+    module = defense_module(name)
+    config = shorten(module.SETTINGS[paper, variant])
+    limit = next(field for field in ("subset", "epoch_images") if hasattr(config, field))
+    seen = []
+    train = training.train
+
+    def counted(model, images, labels, recipe, *args, until=None, **kwargs):    # none is ended early
+        seen.append(len(images) * recipe.epochs)
+        return train(model, images, labels, recipe, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train", counted)
+    monkeypatch.setattr(ft, "train", counted)
+    part = Clean(clean.images[:count], clean.labels[:count], 10)
+    for images in (20, 70, 150):
+        seen.clear()
+        few = dataclasses.replace(config, **{limit: images})
+        module.defend(victim, part, few, 5)
+        assert sum(seen) == module.trained(few, count)

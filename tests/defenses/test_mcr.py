@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from defenses import mcr
-from reproduce.data.augment import to_input
+from reproduce.data.augment import Augment, to_input
+from reproduce.defending import split_validation
 from reproduce.models import build
 from reproduce.training import train
 
@@ -112,3 +113,23 @@ def test_released_rates_are_the_official_schedule():
     recipe = mcr.RELEASED
     for epoch in range(recipe.epochs):
         assert recipe.rate(epoch) == pytest.approx(0.01 * official(epoch + 1, recipe.epochs), rel=1e-4)
+
+
+def test_its_own_training_shows_the_images_over_and_over_without_augmentation(victim, clean, shorten, monkeypatch):
+    """As many an epoch as asked for and no fewer than there are, each in its turn, and as many t as there are steps."""
+    own = mcr.SETTINGS["mcr", "released"]
+    assert own.recipe == replace(mcr.RELEASED, augment=Augment()) and own.epoch_images == 10_000
+    config, seen = shorten(own), []
+
+    def recorded(model, images, labels, *args, **kwargs):
+        seen.append((model, images, labels))
+        return train(model, images, labels, *args, **kwargs)
+
+    monkeypatch.setattr(mcr, "train", recorded)
+    for wanted, shown in ((200, 200), (50, 80)):
+        mcr.defend(victim, clean, replace(config, epoch_images=wanted), 5)
+        made, images, labels = seen.pop()
+        part, _ = split_validation(clean, config.validation, 5)
+        turns = [i % 80 for i in range(shown)]
+        assert torch.equal(images, part.images[turns]) and torch.equal(labels, part.labels[turns])
+        assert made.step.item() == len(made.draws) == -(-shown // 32)

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from attacks import badnets, badnets_words, input_aware
-from defenses import cube, fp, ft
+from defenses import cube, fp, ft, mcr, rnp
 from reproduce.cells import Cell, Victim
 from reproduce.engine import FORWARD_RATE, OVERHEAD, chains, cost, expected, ready
 from reproduce.finetuning import TextRecipe
@@ -45,6 +46,15 @@ def test_what_trains_a_network_of_its_own_is_expected_to_take_longer() -> None:
     assert cost(attacked) > 5 * cost(VICTIM), "its mask network learns for 25 epochs before it"
     retrained = Cell(TEXT, "cube", cube.SETTINGS["badacts", "released"], 1.0)
     assert cost(retrained) > 0.9 * cost(TEXT), "it trains the victim anew"
+
+
+def test_what_sees_few_of_the_clean_images_is_not_expected_to_see_them_all() -> None:
+    def of(defense: str, config: Any, fraction: float = 0.05) -> float:
+        return cost(Cell(VICTIM, defense, config, fraction))
+
+    few, whole = rnp.SETTINGS["rnp", "released"], mcr.SETTINGS["mcr", "released"]
+    assert of("rnp", few) == of("rnp", few, 0.2) < 0.5 * of("rnp", replace(few, subset=2500))
+    assert of("mcr", whole) > 3 * of("mcr", mcr.SETTINGS["nad", "described"])
 
 
 def test_what_much_waits_for_comes_first() -> None:
