@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from reproduce.data.augment import Augment, apply, draw, take, to_input
 from reproduce.errors import UserError
+from reproduce.models.checkpoints import check_outputs
 from reproduce.rng import derive, generator
 
 
@@ -327,8 +328,6 @@ def predict(model: nn.Module, images: Tensor, batch: int | None = None, precisio
     for chunk in images.split(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(to_input(chunk.to(device)))
-        if logits.isnan().any():
-            raise UserError("the model's outputs are not numbers: its weights are damaged, or what trained or repaired "
-                            "it diverged")
+        check_outputs(logits)
         parts.append(logits.argmax(1).cpu())
     return torch.cat(parts)

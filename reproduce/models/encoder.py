@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reproduce.errors import UserError
-from reproduce.models.checkpoints import check_finite
+from reproduce.models.checkpoints import check_finite, check_outputs
 from reproduce.models.hub import hub_answers
 from reproduce.models.linear import fast_linear
 from reproduce.rng import derive
@@ -116,13 +116,15 @@ class TextClassifier(nn.Module):
     def logits(self, texts: Sequence[str] | Tokens, rows: int | None = None) -> Tensor:
         """Logits float32 (N, K) on the CPU for sentences or their tokens, in batches of similar length.
 
-        The model must be in eval mode. rows: per batch; 64 on a CPU and 512 on a GPU unless given.
+        The model must be in eval mode. rows: per batch; 64 on a CPU and 512 on a GPU unless given. Raises UserError
+        for outputs that are not numbers.
         """
         rows = rows or (64 if self.device.type == "cpu" else 512)
         tokens = self.encode(texts) if texts and isinstance(texts[0], str) else texts
         found = torch.empty(len(tokens), self.num_classes)
         for index in by_length(tokens, rows):
             found[index] = self(*self.batch([tokens[i] for i in index])).float().cpu()
+        check_outputs(found)
         return found
 
     @torch.inference_mode()

@@ -266,3 +266,13 @@ def test_linear_layers_go_where_this_processor_is_fastest(monkeypatch: pytest.Mo
 def test_a_fine_tuning_that_diverges_says_so() -> None:
     with pytest.raises(UserError, match=r"diverged: loss is (nan|inf) in epoch [12]"):
         fine_tune(tiny(), few(), few(40), replace(RECIPE, rate=1e30), 0, phase="v")
+
+
+def test_a_classifier_whose_outputs_are_no_numbers_predicts_nothing() -> None:
+    model = tiny().eval()
+    texts = few().texts
+    assert model.logits(texts).isfinite().all()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("classifier.bias"))[1] = float("nan")
+    with pytest.raises(UserError, match="outputs are not numbers"):
+        model.logits(texts)
