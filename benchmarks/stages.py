@@ -13,13 +13,15 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from attacks import badnets, blend, sig, trojan
 from benchmarks import usual
+from benchmarks.limits import training_flops
 from benchmarks.nad_checkout import Checkout
 from benchmarks.usual import Sample
 from defenses import fmp, ft, nad
-from reproduce.data.augment import apply, draw, take, to_input
+from reproduce.data.augment import Augment, apply, draw, take, to_input
 from reproduce.defending import Clean
 from reproduce.models import build
 from reproduce.poisoning import Context, Poisoned, triggered_candidates, triggered_labels
@@ -27,6 +29,7 @@ from reproduce.rng import derive, generator
 from reproduce.training import Recipe, predict, train
 
 SEED, TARGET, CLASSES, BATCH = 0, 5, 10, 64
+CPU = torch.device("cpu")
 USUAL, AUTHORS = "usual", "NAD"
 PRECISIONS = ("fp32", "bf16")
 AUGMENT = ft.RELEASED.augment
@@ -57,12 +60,14 @@ class Sizes:
 
 QUICK = Sizes(poison_train=200, poison_test=50, augment=128, train=64, test=64, run_train=16, run_test=16, run_epochs=2,
               map_images=4, sentences=40, encoder=(2, 64), network="wrn-10-0.5", preact="preact-resnet-18-w8")
+GPU = Sizes(train=50_000, preact="preact-resnet-18")
 
 
 @dataclass(frozen=True)
 class Stage:
     """images: how many (or feature maps, or sentences) one call of any side is credited with; goals: {ours: (must,
-    stretch)} speed-ups, set against the side `goal_against`."""
+    stretch)} speed-ups, set against the side `goal_against`; flops: of training on one image, where that is what our
+    sides do."""
 
     name: str
     images: int
@@ -70,6 +75,7 @@ class Stage:
     ours: dict[str, Callable[[], object]]
     goals: dict[str, tuple[float, float]]
     goal_against: str = AUTHORS
+    flops: float | None = None
 
 
 @dataclass
@@ -78,10 +84,11 @@ class Bench:
 
     sizes: Sizes
     checkout: Path | None = None
+    device: torch.device = CPU
     model: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model = build(self.sizes.network, CLASSES, SEED, "cifar10")
+        self.model = build(self.sizes.network, CLASSES, SEED, "cifar10").to(self.device)
 
     def samples(self, count: int, purpose: str) -> list[Sample]:
         """(uint8 (32, 32, 3), label) for the sides that work picture by picture."""
@@ -212,17 +219,8 @@ def check_augmentation(samples: list[Sample]) -> None:
 def victim_training(bench: Bench) -> Iterator[Stage]:
     """One epoch of WRN-16-1 on poisoned images, batch 64, unshuffled and unaugmented as in NAD's released code."""
     samples = bench.samples(bench.sizes.train, "train")
-    images, labels = tensors(samples)
-    recipe = Recipe(epochs=1, rates=((0, 0.01),), batch=BATCH, shuffle=False)
-
-    def plain() -> None:
-        model = bench.plain_model()
-        usual.train_epoch(model, usual.plain_loader(samples, BATCH), usual.optimizer(model), usual.cross_entropy)
-
-    def ours(precision: str) -> None:
-        train(deepcopy(bench.model), images, labels, replace(recipe, precision=precision), SEED, phase="victim")
-
-    baselines: dict[str, Callable[[], object]] = {USUAL: plain}
+    baselines: dict[str, Callable[[], object]] = {
+        USUAL: usual_training(bench, usual.plain_loader(samples, BATCH))}
     if authors := bench.authors(samples, samples[:1]):
         loader = authors.backdoor_loader()
 
@@ -230,14 +228,43 @@ def victim_training(bench: Bench) -> Iterator[Stage]:
             model = authors.network(bench.model.state_dict())
             authors.train_victim(model, loader, usual.optimizer(model))
         baselines[AUTHORS] = theirs
-    yield Stage("victim training", len(images), baselines, by_precision(ours),
-                {"fp32": (1.25, 1.5), "bf16": (1.85, 2.3)})
+    recipe = Recipe(epochs=1, rates=((0, 0.01),), batch=BATCH, shuffle=False)
+    yield training_stage(bench, "victim training", samples, recipe, baselines,
+                         {"fp32": (1.25, 1.5), "bf16": (1.85, 2.3)})
 
 
 def preact_training(bench: Bench) -> Iterator[Stage]:
-    """The same with BackdoorBench's PreAct-ResNet18 at a quarter of its width, which NAD's authors do not have."""
-    for stage in victim_training(Bench(replace(bench.sizes, network=bench.sizes.preact))):
-        yield replace(stage, name="PreAct training", goals={})
+    """One epoch of BackdoorBench's PreAct-ResNet18, which NAD's authors do not have, batch 128, shuffled, cropped and
+    flipped; on a CPU at a quarter of its width."""
+    bench = replace(bench, sizes=replace(bench.sizes, network=bench.sizes.preact))
+    samples = bench.samples(bench.sizes.train, "train")
+    recipe = Recipe(epochs=1, rates=((0, 0.01),), batch=2 * BATCH, augment=Augment(crop=4, flip=True))
+    loader = usual.augmenting_loader(samples, recipe.batch, cutout=False)
+    yield training_stage(bench, "PreAct training", samples, recipe, {USUAL: usual_training(bench, loader)}, {})
+
+
+def usual_training(bench: Bench, loader: DataLoader) -> Callable[[], object]:
+    def plain() -> None:
+        model = bench.plain_model()
+        usual.train_epoch(model, loader, usual.optimizer(model), usual.cross_entropy)
+
+    return plain
+
+
+def training_stage(bench: Bench, name: str, samples: list[Sample], recipe: Recipe,
+                   baselines: dict[str, Callable[[], object]], goals: dict[str, tuple[float, float]]) -> Stage:
+    """Ours in both precisions, on a GPU as CUDA graphs besides; the images are on the device."""
+    images, labels = (tensor.to(bench.device) for tensor in tensors(samples))
+
+    def ours(precision: str, graph: bool = False) -> None:
+        train(deepcopy(bench.model), images, labels, replace(recipe, precision=precision, graph=graph), SEED,
+              phase="victim")
+
+    sides = by_precision(ours)
+    if bench.device.type == "cuda":
+        sides |= {f"{precision}, graph": lambda p=precision: ours(p, graph=True) for precision in PRECISIONS}
+    flops = training_flops(deepcopy(bench.model).train(), to_input(images[:2]))
+    return Stage(name, len(images), baselines, sides, goals, flops=flops)
 
 
 def erasing_step(bench: Bench) -> Iterator[Stage]:
@@ -381,3 +408,4 @@ STAGES: dict[str, Callable[[Bench], Iterator[Stage]]] = {
     "poison": poisoning, "augment": augmentation, "train": victim_training, "train-preact": preact_training,
     "step": erasing_step, "maps": map_scoring, "evaluate": evaluation, "run": whole_run,
 }
+ON_GPU = ("train", "train-preact")

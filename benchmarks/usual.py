@@ -102,10 +102,10 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(image)), label
 
 
-def augmenting_loader(samples: list[Sample], batch: int) -> DataLoader:
-    """NAD's transforms for its clean subset."""
+def augmenting_loader(samples: list[Sample], batch: int, cutout: bool = True) -> DataLoader:
+    """NAD's transforms for its clean subset; without Cutout, BackdoorBench's for its training set."""
     transform = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
-                                    transforms.ToTensor(), Cutout()])
+                                    transforms.ToTensor(), *([Cutout()] if cutout else [])])
     return DataLoader(Pictures(samples, transform), batch_size=batch, shuffle=True, num_workers=0)
 
 
@@ -121,8 +121,10 @@ def train_epoch(model: nn.Module, loader: DataLoader, optimiser: torch.optim.Opt
                 loss: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]) -> float:
     """One epoch; returns the training accuracy in percent."""
     model.train()
+    device = next(model.parameters()).device
     correct = total = 0.0
     for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
         logits, value = loss(model, images, labels)
         correct += (logits.argmax(1) == labels).sum().item()
         total += len(labels)

@@ -201,12 +201,15 @@ def _epoch(step: "_Step", recipe: Recipe, seed: int, phase: str, epoch: int,
     rng = generator(seed, "order", phase, epoch)
     order = torch.randperm(count, generator=rng) if recipe.shuffle else torch.arange(count)
     extra_rng = generator(seed, "extra", phase, epoch)
+    # At once for the whole epoch: a copy to a GPU waits for all that was started there.
+    parameters = torch.cat([draw(len(index), size, recipe.augment, rng) for index in order.split(recipe.batch)]
+                           ).to(device) if recipe.augment.active else None
+    order = order.to(device)
     sums: dict[str, Tensor] = {}
     for start in range(0, count, recipe.batch):
         index = order[start:start + recipe.batch]
-        parameters = draw(len(index), size, recipe.augment, rng) if recipe.augment.active else None
-        drawn = extra(len(index), extra_rng) if extra else None
-        result = step(*(None if tensor is None else tensor.to(device) for tensor in (index, parameters, drawn)))
+        drawn = extra(len(index), extra_rng).to(device) if extra else None
+        result = step(index, None if parameters is None else parameters[start:start + recipe.batch], drawn)
         for name, value in result.items():
             sums[name] = sums.get(name, 0) + value * len(index)
     row = {name: float(value) / count for name, value in sums.items()}

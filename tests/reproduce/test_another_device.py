@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from click.testing import CliRunner
 
 import attacks
 import defenses
+from benchmarks.bench import measure
+from benchmarks.limits import clock, peak
+from benchmarks.stages import ON_GPU, QUICK, STAGES, Bench
 from reproduce import data
 from reproduce.cells import Cell, Victim
 from reproduce.cli import main
+from reproduce.data.augment import Augment
 from reproduce.defending import defense_module
 from reproduce.finetuning import TextRecipe
 from reproduce.models import build
@@ -22,7 +27,8 @@ from reproduce.plugins import names
 from reproduce.poisoning import attack_module
 from reproduce.runner import Runner
 from reproduce.store import Store
-from reproduce.training import Recipe
+from reproduce.training import Recipe, train
+from tests import pretend
 from tests.attacks.test_attack_conformance import quick
 from tests.defenses.shortened import shortened
 from tests.defenses.text_victim import save_suspect
@@ -115,6 +121,34 @@ def test_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     request.getfixturevalue("pretending")
     done = CliRunner().invoke(main, [*command.split(), "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
+
+
+def test_an_epoch_is_sent_over_at_once(pretending: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to a GPU waits for all that was started there, so how many there are must not grow with the batches."""
+    sent = []
+    copied = pretend._run
+
+    def counted(func: Any, args: tuple, kwargs: dict) -> Any:
+        if func in pretend.ACROSS and kwargs.get("device") == DEVICE and not isinstance(args[0], pretend.Elsewhere):
+            sent.append(args[0].shape)
+        return copied(func, args, kwargs)
+
+    monkeypatch.setattr(pretend, "_run", counted)
+    images, labels = torch.zeros(60, 3, 16, 16, dtype=torch.uint8).to(DEVICE), (torch.arange(60) % 10).to(DEVICE)
+    for batch in (30, 5):
+        model = build("wrn-10-0.5", 10, 0).to(DEVICE)
+        sent.clear()
+        train(model, images, labels, Recipe(epochs=1, rates=((0, 0.01),), batch=batch, augment=Augment(crop=2)), 0,
+              phase="v")
+        assert sent == [(60, 5), (60,)]
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_benchmark(name: str, pretending: None) -> None:
+    stage, = STAGES[name](Bench(QUICK, device=DEVICE))
+    rows = measure(replace(stage, ours={"fp32": stage.ours["fp32"]}), 1, clock(DEVICE),
+                   peak_of=lambda precision: peak(DEVICE, precision, 64))
+    assert rows[0].limit and rows[0].our_rate > 0
 
 
 def test_a_gpu_repeats_itself_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
