@@ -22,8 +22,22 @@ def repeatable(device: torch.device) -> None:
 @cache
 def cpu_name() -> str:
     """The processor's name as it gives it itself; "unknown" where it does not."""
+    return _cpu_facts().get("model name") or platform.processor() or "unknown"
+
+
+@cache
+def cpu_generation() -> str:
+    """Which of the processors of one name it is, which may round otherwise; "unknown" where it does not say."""
+    facts = _cpu_facts()
+    return ", ".join(f"{name.removeprefix('cpu ')} {facts[name]}" for name in ("cpu family", "model", "stepping")
+                     if name in facts) or "unknown"
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What Linux says of the first core."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:
-        return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}

@@ -16,7 +16,7 @@ from reproduce import data, models
 from reproduce.cells import NONE, Cell, Task
 from reproduce.models import encoder
 from reproduce.plugins import PROJECT
-from reproduce.processor import cpu_name
+from reproduce.processor import cpu_generation, cpu_name
 
 SHARED = ("poisoning.py", "defending.py", "rng.py")
 OF = {data.IMAGE: ("training.py", "data/augment.py"), data.TEXT: ("finetuning.py",)}
@@ -50,7 +50,8 @@ def _machine() -> dict[str, Any]:
     import numpy
     return {"python": platform.python_version(), "torch": torch.__version__,
             "torchvision": importlib.metadata.version("torchvision"), "numpy": numpy.__version__,
-            "platform": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count(), "commit": _commit()}
+            "platform": platform.platform(), "cpu": cpu_name(), "cpu_generation": cpu_generation(),
+            "cores": os.cpu_count(), "commit": _commit()}
 
 
 def _commit() -> str | None:
