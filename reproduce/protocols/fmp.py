@@ -230,12 +230,14 @@ def _sweeps(profile: Profile, seed: int) -> list[Entry]:
     base = _own(profile, _DESCRIBED)
     most = profile.defense(base).images     # what a shortened scale cuts them to
     counts = [count for count in IMAGES if most is None or count <= most] or [1, most]
+    longest = profile.defense_epochs or max(TUNING)
+    tuning = [epochs for epochs in TUNING if epochs < longest] + [longest]
     found: list[Entry] = []
     for item, label, settings in (
             ("epsilon", "epsilon", {name: replace(base, eps=value, alpha=value) for name, value in EPSILONS.items()}),
             ("p", "share", {name: replace(base, p=max(1, round(base.p * share))) for name, share in SHARES.items()}),
             ("images", "images", {str(count): replace(base, images=count) for count in counts}),
-            ("tuning", "tuning", {str(epochs): _tuned(base, epochs) for epochs in TUNING})):
+            ("tuning", "tuning", {str(epochs): _tuned(base, epochs) for epochs in tuning})):
         found += sweep(profile, PAPER, item, label, on, "fmp", profile.values(settings))
     return found + fractions(profile, PAPER, on, _brief(profile))
 

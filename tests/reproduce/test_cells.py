@@ -112,6 +112,9 @@ def test_a_shorter_scale_cuts_more_than_epochs(name: str, iterations: int, masks
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_cut_leaves_the_values_of_a_factor_apart(name: str) -> None:
+    tuned = [entry for entry in entries(PROFILES[name], ["fmp"]) if entry.item == "tuning"]
+    assert all(entry.labels["tuning"] == str(entry.task.config.recipe.epochs) for entry in tuned)
+    assert len({entry.task.name for entry in tuned}) == len(tuned) >= 2
     varied = [entry for entry in entries(PROFILES[name], ["fmp"]) if entry.item == "images"]
     assert len({entry.task.name for entry in varied}) == len(varied) > 1
 
