@@ -218,10 +218,15 @@ def test_numbers_seed_by_seed_in_the_findings_are_the_reference_ones() -> None:
                "fine-tuning alone (FMP without its pruning)": ("FMP, no pruning", "described"),
                "as many maps at random": ("FMP, random maps", "described"),
                "as many maps, the least active ones": ("FMP, least active maps", "described"),
-               "FMP as described": ("FMP", "described"), "FMP as released": ("FMP", "released")}
+               "FMP as described": ("FMP", "described"), "FMP as released": ("FMP", "released"),
+               "its fine-tuning alone, as released": ("FMP, no pruning", "released")}
     shown = rows("| | BadNets, seeds 0, 1, 2: ASR | ACC |")
-    assert len(shown) == 13
+    assert len(shown) == 16
+    elsewhere = ROOT / "reference" / "fmp-second"
     for label, *cells in shown:
+        first = runs[("BadNets", *rows_of.get(label, (label, "described")))].split()[0]
+        there = elsewhere / "runs" / first / "metrics.json"
+        assert cells[2] == (f"{json.loads(there.read_text())['asr']:.1f}" if there.exists() else ""), label
         for attack, seeds, (asr, acc) in (("BadNets", (0, 1, 2), cells[:2]), ("Blended", (0, 2), cells[3:])):
             name = runs.get((attack, *rows_of.get(label, (label, "described"))), "")
             values = by_seed(name, folder, "asr")
