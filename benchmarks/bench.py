@@ -31,8 +31,11 @@ ALL_STAGES = STAGES | TEXT_STAGES
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; rates in images, sentences or (FMP) feature maps per CPU-second; must and stretch are goals for
-    the ratio, limit: what the device could reach at best in ours' precision; None where not set."""
+    """One comparison; rates in images, sentences or (FMP) feature maps per second of `limits.clock`.
+
+    must, stretch: goals for the ratio; limit: what the device could reach at best in ours' precision; None where not
+    set.
+    """
 
     stage: str
     ours: str

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reproduce.data.augment import Augment, apply, draw, take, to_input
 from reproduce.errors import UserError
-from reproduce.models.checkpoints import check_outputs
+from reproduce.models import check_outputs
 from reproduce.rng import derive, generator
 
 

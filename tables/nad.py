@@ -71,7 +71,8 @@ def curve_finding(results: Results) -> Table:
                    title="NAD: how long MCR trains its curve",
                    caption="MCR's own code shows its images without augmentation and over and over, 79 steps an epoch; "
                            "the main table's MCR crops and flips them and shows each once, 16 steps an epoch at 5 % of "
-                           "CIFAR-10. Both end on FT's model; marks within an attack.")
+                           "CIFAR-10. Both end on the victim fine-tuned as in row FT, without the images held out; "
+                           "marks within an attack.")
 
 
 def history(results: Results) -> pd.DataFrame:

@@ -116,3 +116,10 @@ def normalise_inputs(model: nn.Module, name: str) -> nn.Module:
     model.normalise = normalise
     model.register_forward_pre_hook(lambda _module, inputs: (normalise(inputs[0]),))
     return model
+
+
+def check_outputs(logits: Tensor) -> None:
+    """Raises UserError for outputs of a model that are not numbers, of which the largest would be the first."""
+    if logits.isnan().any():
+        raise UserError("the model's outputs are not numbers: its weights are damaged, or what trained or repaired it "
+                        "diverged")

@@ -64,13 +64,6 @@ def check_finite(weights: dict[str, Tensor], place: str | Path) -> None:
                         "training diverged")
 
 
-def check_outputs(logits: Tensor) -> None:
-    """Raises UserError for outputs of a model that are not numbers, of which the largest would be the first."""
-    if logits.isnan().any():
-        raise UserError("the model's outputs are not numbers: its weights are damaged, or what trained or repaired it "
-                        "diverged")
-
-
 def _our_name(name: str, network: nn.Module) -> str:
     """A parameter's name here, for its name in somebody's checkpoint."""
     name = name.removeprefix("module.")

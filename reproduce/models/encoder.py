@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from reproduce.errors import UserError
-from reproduce.models.checkpoints import check_finite, check_outputs
+from reproduce.models import check_outputs
+from reproduce.models.checkpoints import check_finite
 from reproduce.models.hub import hub_answers
 from reproduce.models.linear import fast_linear
 from reproduce.rng import derive

@@ -33,8 +33,7 @@ RELEASED_ATTACKS = {"BadNets": ("badnets", "released"), "Trojan": ("trojan", "re
 DESCRIBED_ROWS = [row(label, "described", PAPER) for label in ("FT", "FP", "MCR", BETA_ZERO, "NAD")]
 RELEASED_ROWS = [row(label, "released", PAPER) for label in ("FT", BETA_ZERO, "NAD")]
 MCR_ROWS = [*(row(label, "described", PAPER) for label in ("FT", "MCR")),
-            replace(row("MCR", "released", "mcr"), label="MCR, trained as in its own code", variant="described",
-                    settings="released")]
+            row("MCR, trained as in its own code", "released", "mcr", "mcr").under("described")]
 FRACTION_ROWS = [row(label, "released", PAPER) for label in ("FT", "FP", "MCR", BETA_ZERO, "NAD")]
 
 _NAD = nad.SETTINGS[PAPER, "released"]
